@@ -1,0 +1,37 @@
+"""A supervised worker pool for Trio, and psycopg 3 on Trio to fill it with."""
+
+from ._errors import (
+    CheckoutTimeout,
+    NotCheckedOut,
+    PoolClosed,
+    PoolError,
+    PoolFull,
+    PoolOverloaded,
+    PoolStartError,
+)
+from ._manager import WorkerManager
+from ._pool import Pool, open_pool
+from ._session import Resource, Session
+from ._statistics import PoolStatistics
+
+__all__ = [
+    "CheckoutTimeout",
+    "NotCheckedOut",
+    "Pool",
+    "PoolClosed",
+    "PoolError",
+    "PoolFull",
+    "PoolOverloaded",
+    "PoolStartError",
+    "PoolStatistics",
+    "Resource",
+    "Session",
+    "WorkerManager",
+    "open_pool",
+]
+
+__version__ = "0.1.0"
+
+# Public things say where they are imported from, not in which room they live.
+for _name in __all__:
+    globals()[_name].__module__ = __name__

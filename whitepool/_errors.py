@@ -1,0 +1,42 @@
+"""What can go wrong, by name."""
+
+from __future__ import annotations
+
+import trio
+
+
+class PoolError(Exception):
+    """Everything that a pool raises of its own accord."""
+
+
+class PoolClosed(PoolError):
+    """The pool is shutting down, or has shut down: it hands out no more workers."""
+
+
+class PoolFull(PoolError):
+    """Every worker is out and no further one may be started (`Session.nonblock_checkout`)."""
+
+
+class PoolStartError(PoolError):
+    """The pool could not start its workers.
+
+    `__cause__` is the last error of the factory. A `WorkerManager.create` may raise this error itself
+    to say that trying again is pointless: opening the pool then fails at once.
+    """
+
+
+class NotCheckedOut(PoolError):
+    """The resource has been returned already, or it belongs to another pool."""
+
+
+class CheckoutTimeout(PoolError, trio.TooSlowError):
+    """No worker came free in time.
+
+    The message says how the pool stood. When workers cannot be started, `__cause__` is the last
+    error of the factory. It is a `trio.TooSlowError` too, so code that guards a block with
+    `trio.fail_after` needs one `except` for both.
+    """
+
+
+class PoolOverloaded(CheckoutTimeout):
+    """A `CheckoutTimeout` that comes early: waiting longer would not have helped."""

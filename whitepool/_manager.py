@@ -1,0 +1,102 @@
+"""What the pool must know of its workers: how to open, check, reset and close them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Generic, TypeVar, Union, cast
+
+from ._errors import PoolStartError
+
+T = TypeVar("T")
+
+Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
+
+
+class WorkerManager(Generic[T]):
+    """How to treat one kind of worker. Implement `create`; every other method has a default.
+
+    The asynchronous methods run in the worker's own task, its host. The others are called wherever
+    a worker changes hands: they must be quick, and must do no I/O.
+    """
+
+    async def create(self) -> T:
+        """Open a worker.
+
+        An exception means that the attempt failed, and it will be repeated. `PoolStartError` says
+        that repeating it is pointless: opening the pool then fails at once.
+        """
+        raise NotImplementedError
+
+    async def close(self, worker: T) -> None:
+        """Close a worker: by its ``aclose()`` or ``close()``, plain or async, where it has one."""
+        close = getattr(worker, "aclose", None) or getattr(worker, "close", None)
+        if close is not None:
+            result = close()
+            if inspect.isawaitable(result):
+                await result
+
+    def is_alive(self, worker: T) -> bool:
+        """Say whether a returned worker may be used again. Default: yes."""
+        return True
+
+    def needs_reset(self, worker: T) -> bool:
+        """Say whether a returned worker must be reset before its next use. Default: no."""
+        return False
+
+    async def reset(self, worker: T) -> None:
+        """Make a returned worker as good as new. One that can't be reset raises, and is destroyed."""
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[T]:
+        """Yield a worker, from `create` to `close`.
+
+        Override it for workers that need a nursery of their own. It is entered and left in the
+        worker's host; when a background task of it crashes, the worker is taken for dead.
+        """
+        worker = await self.create()
+        try:
+            yield worker
+        finally:
+            await self.close(worker)
+
+
+class FactoryManager(WorkerManager[T]):
+    """Makes a manager of a bare factory."""
+
+    def __init__(self, factory: Factory[T]) -> None:
+        self._factory = factory
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[T]:
+        made: object = self._factory()
+        # Asked first: some objects can be awaited as well, but only the context manager knows how
+        # to close what it opened.
+        if hasattr(made, "__aenter__") and hasattr(made, "__aexit__"):
+            async with cast("AbstractAsyncContextManager[T]", made) as worker:
+                yield worker
+        elif inspect.isawaitable(made):
+            worker = cast("T", await made)
+            try:
+                yield worker
+            finally:
+                await manager_of(worker, self).close(worker)
+        else:
+            raise PoolStartError(
+                "the factory must return an awaitable or an async context manager, "
+                f"not {type(made).__name__}"
+            )
+
+
+def manager_of(worker: T, manager: WorkerManager[T]) -> WorkerManager[T]:
+    """Find the manager of a worker: `manager`, unless the worker's class brings its own.
+
+    A class whose objects can be reset, checked and watched says so once and for all with an
+    attribute ``__worker_manager__``, so that a bare factory is enough to pool them.
+    """
+    if isinstance(manager, FactoryManager):
+        own: WorkerManager[T] | None = getattr(type(worker), "__worker_manager__", None)
+        if own is not None:
+            return own
+    return manager

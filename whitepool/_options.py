@@ -1,0 +1,84 @@
+"""The options of a pool: their defaults, and what is wrong with a bad one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal, TypedDict
+
+_generated = count(1)
+
+Strategy = Literal["lifo", "fifo"]
+
+
+class PoolOptions(TypedDict, total=False):
+    """The keywords of `open_pool` and `Pool`, for type checkers. See `Pool` for their meaning."""
+
+    pool_size: int
+    max_overflow: int
+    strategy: Strategy
+    name: str | None
+    lazy: bool
+    overflow_ttl: float
+    start_timeout: float
+    reset_timeout: float
+    close_timeout: float
+    shutdown_timeout: float
+    max_starting: int
+    max_waiting: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """The same with their defaults, checked."""
+
+    pool_size: int = 5
+    max_overflow: int = 10
+    strategy: Strategy = "lifo"
+    name: str | None = None
+    lazy: bool = False
+    overflow_ttl: float = 10.0
+    start_timeout: float = 30.0
+    reset_timeout: float = 5.0
+    close_timeout: float = 5.0
+    shutdown_timeout: float = 30.0
+    max_starting: int = 4
+    max_waiting: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_count("pool_size", self.pool_size)
+        check_count("max_overflow", self.max_overflow)
+        check_count("max_starting", self.max_starting, least=1)
+        if self.max_waiting != math.inf:
+            check_count("max_waiting", self.max_waiting)
+        for option in ("overflow_ttl", "reset_timeout", "close_timeout", "shutdown_timeout"):
+            check_seconds(option, getattr(self, option))
+        check_seconds("start_timeout", self.start_timeout, more_than_zero=True)
+        if not isinstance(self.lazy, bool):
+            raise TypeError(f"lazy must be a bool, not {self.lazy!r}")
+        if not isinstance(self.strategy, str):
+            raise TypeError(f"strategy must be a str, not {self.strategy!r}")
+        if self.strategy not in ("lifo", "fifo"):
+            raise ValueError(f"strategy must be 'lifo' or 'fifo', not {self.strategy!r}")
+        if self.name is None:
+            object.__setattr__(self, "name", f"pool-{next(_generated)}")
+        elif not isinstance(self.name, str):
+            raise TypeError(f"name must be a str, not {self.name!r}")
+
+
+def check_count(option: str, value: object, *, least: int = 0) -> None:
+    """Raise unless `value` is an int, and `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{option} must be an int, not {value!r}")
+    if value < least:
+        raise ValueError(f"{option} must be {least} or more, not {value!r}")
+
+
+def check_seconds(option: str, value: object, *, more_than_zero: bool = False) -> None:
+    """Raise unless `value` is a number of seconds; `math.inf` is one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{option} must be a number of seconds, not {value!r}")
+    if math.isnan(value) or value < 0 or (more_than_zero and value == 0):
+        bound = "more than 0" if more_than_zero else "0 or more"
+        raise ValueError(f"{option} must be {bound} seconds, not {value!r}")

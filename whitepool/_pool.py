@@ -1,0 +1,116 @@
+"""Opening a pool: options, wiring, and who ends what."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import trio
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+from ._manager import Factory, FactoryManager, WorkerManager
+from ._options import Options
+from ._session import Session
+from ._supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._options import PoolOptions
+
+T = TypeVar("T")
+
+
+class Pool(Generic[T]):
+    """What a pool is made of: a factory, or a `WorkerManager`, and the options.
+
+    Nothing is opened until `run_service` runs, or `open_pool` is entered. Wrong options raise
+    `TypeError` or `ValueError` here. Times are seconds; `math.inf` is allowed for each.
+
+    Args:
+      factory: a callable without arguments that returns an awaitable of a worker, or an async
+          context manager that yields one; or a `WorkerManager`.
+      pool_size (int): workers kept alive. Default 5.
+      max_overflow (int): workers started beyond those when all are busy. Default 10.
+      strategy (str): which idle worker goes first. ``"lifo"`` (default) keeps few of them warm,
+          ``"fifo"`` spreads the use.
+      name (str): appears in logs, statistics and errors. Default ``"pool-1"`` and so on.
+      lazy (bool): start workers at the first need instead of at opening. Default `False`.
+      overflow_ttl (float): how long an idle overflow worker lingers before it is dismissed.
+          Default 10; 0 dismisses it when it is returned, as poolboy does.
+      start_timeout (float): how long opening the pool may take, retries included, before
+          `PoolStartError`; and later, how long one attempt to start a worker may take. Default 30.
+      reset_timeout (float): how long one reset may take before the worker is destroyed. Default 5.
+      close_timeout (float): how long closing one worker may take before it is abandoned. Default 5.
+      shutdown_timeout (float): how long `open_pool` waits for outstanding workers at a normal exit.
+          Default 30.
+      max_starting (int): workers being opened at once. Default 4.
+      max_waiting (int): tasks allowed in line; one more gets `PoolOverloaded` at once.
+          Default `math.inf`.
+    """
+
+    def __init__(
+        self, factory: Factory[T] | WorkerManager[T], **options: Unpack[PoolOptions]
+    ) -> None:
+        self._options = Options(**options)
+        if isinstance(factory, WorkerManager):
+            self._manager: WorkerManager[T] = factory
+        elif callable(factory):
+            self._manager = FactoryManager(factory)
+        else:
+            raise TypeError(f"factory must be callable, or a WorkerManager, not {factory!r}")
+
+    async def run_service(
+        self, *, task_status: trio.TaskStatus[Session[T]] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Run the pool until `Session.safe_shutdown`; for ``await nursery.start(pool.run_service)``.
+
+        Where it is cancelled, clients that are being cancelled beside it have up to half of
+        `close_timeout` to return what they hold. Then everything is closed.
+        """
+        async with self._open(grace=self._options.close_timeout / 2) as session:
+            task_status.started(session)
+            await session._supervisor.closed.wait()
+
+    @asynccontextmanager
+    async def _open(self, grace: float) -> AsyncIterator[Session[T]]:
+        """Yield a session; at a normal exit drain it, else close everything after `grace` seconds."""
+        supervisor = Supervisor(self._manager, self._options)
+        session = Session(supervisor)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(supervisor.run)
+                try:
+                    await supervisor.wait_open()
+                    yield session
+                    await session.safe_shutdown(self._options.shutdown_timeout)
+                finally:
+                    # The supervisor is shielded: it outlives a cancellation until all is closed.
+                    with trio.CancelScope(shield=True):
+                        await session.safe_shutdown(grace)
+        except BaseExceptionGroup as group:
+            # The nursery is an implementation detail: what leaves the block leaves as it was raised.
+            if len(group.exceptions) == 1:
+                error = group.exceptions[0]
+            else:
+                raise
+        else:
+            return
+        raise error
+
+
+def open_pool(
+    factory: Factory[T] | WorkerManager[T], **options: Unpack[PoolOptions]
+) -> AbstractAsyncContextManager[Session[T]]:
+    """Open a pool for the length of an ``async with`` block, which gets a `Session`.
+
+    Takes what `Pool` takes. Entering starts `pool_size` workers and returns when all are open;
+    it raises `PoolStartError` where that fails for `start_timeout` seconds. A normal exit drains the
+    pool, as `Session.safe_shutdown` does with `shutdown_timeout`. An exit by an exception or by a
+    cancellation closes everything at once, within `close_timeout`, shielded.
+    """
+    return Pool(factory, **options)._open(grace=0)

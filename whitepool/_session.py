@@ -1,0 +1,240 @@
+"""What clients hold: the session, and the receipt for one checked-out worker."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+import warnings
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import trio
+from trio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
+    enable_ki_protection,
+)
+
+from ._errors import NotCheckedOut, PoolClosed, PoolFull, PoolOverloaded
+from ._options import check_seconds
+from ._statistics import PoolStatistics
+from ._supervisor import Supervisor
+from ._worker import Place, Worker
+
+T = TypeVar("T")
+
+
+class Resource(Generic[T]):
+    """The receipt for one checked-out worker. Give it back with `Session.checkin`."""
+
+    __slots__ = ("__weakref__", "_session", "_worker")
+
+    def __init__(self, session: Session[T], worker: Worker[T]) -> None:
+        self._session = session
+        self._worker: Worker[T] | None = worker
+
+    def get(self) -> T:
+        """Return the worker itself. Raises `NotCheckedOut` once the resource has been returned."""
+        if self._worker is None:
+            raise NotCheckedOut("the resource has been returned: it has no worker any more")
+        return self._worker.obj
+
+    def __repr__(self) -> str:
+        state = "returned" if self._worker is None else "checked out"
+        return f"<whitepool.Resource of {self._session.name}, {state}>"
+
+    def __del__(self) -> None:
+        # A forgotten checkin. The garbage collector may run this in any thread, in the middle of
+        # anything: it only leaves a note for the pool's own thread.
+        if self._worker is not None:
+            self._session._leaked(self, self._worker)
+
+
+class Session(Generic[T]):
+    """A pool, as its clients see it. One session serves all tasks.
+
+    Every asynchronous method is a checkpoint, and a cancelled one leaves no trace: either the caller
+    has the resource, or the pool has the worker.
+    """
+
+    def __init__(self, supervisor: Supervisor[T]) -> None:
+        self._supervisor = supervisor
+        self._line = supervisor.line
+        self._counts = supervisor.counts
+        self._trio_token = trio.lowlevel.current_trio_token()
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self._supervisor.name
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        return f"<whitepool.Session of {now.name}: {now.state}, {now.in_use} in use>"
+
+    @enable_ki_protection
+    async def block_checkout(self, timeout: float = 5.0) -> Resource[T]:
+        """Check out a worker: an idle one, else a new one within the overflow, else by waiting in line.
+
+        The line is first come, first served, and nobody overtakes it. Raises `CheckoutTimeout` after
+        `timeout` seconds (`math.inf`: never; 0: unless a worker is idle), `PoolOverloaded` where
+        `max_waiting` tasks are in line already, and `PoolClosed`.
+        """
+        check_seconds("timeout", timeout)
+        await checkpoint_if_cancelled()
+        resource = self._take_idle()
+        if resource is not None:
+            await cancel_shielded_checkpoint()
+            return resource
+        supervisor = self._supervisor
+        if len(self._line.waiters) >= supervisor.options.max_waiting:
+            self._counts["overloads"] += 1
+            await cancel_shielded_checkpoint()
+            raise PoolOverloaded(
+                f"{self.name}: {supervisor.options.max_waiting} tasks are waiting already"
+            )
+        supervisor.one_is_lacking()
+        worker = await self._line.join(timeout)
+        self._counts["checkouts"] += 1
+        return Resource(self, worker)
+
+    @enable_ki_protection
+    async def nonblock_checkout(self) -> Resource[T]:
+        """Check out a worker without queueing: an idle one, or a new one within the overflow.
+
+        It waits for nobody to return a worker, but for a new worker to open. Raises `PoolFull` where
+        every worker is out and no further one may be started, `PoolStartError` where the new one
+        could not be started, and `PoolClosed`.
+        """
+        await checkpoint_if_cancelled()
+        resource = self._take_idle()
+        if resource is not None:
+            await cancel_shielded_checkpoint()
+            return resource
+        supervisor = self._supervisor
+        if not supervisor.may_start_one():
+            await cancel_shielded_checkpoint()
+            raise PoolFull(f"{self.name}: every worker is out, and no further one may be started")
+        supervisor.one_is_lacking()
+        worker = await self._line.join(math.inf, never_queues=True)
+        self._counts["checkouts"] += 1
+        return Resource(self, worker)
+
+    @enable_ki_protection
+    def checkout_nowait(self) -> Resource[T]:
+        """Check out an idle worker, now. Raises `trio.WouldBlock` where none is idle, and `PoolClosed`."""
+        resource = self._take_idle()
+        if resource is None:
+            raise trio.WouldBlock
+        return resource
+
+    def _take_idle(self) -> Resource[T] | None:
+        if self._supervisor.draining:
+            raise PoolClosed(f"{self.name} is shutting down, or has shut down")
+        if not self._line.idle:
+            return None
+        worker = self._line.take()
+        self._counts["checkouts"] += 1
+        return Resource(self, worker)
+
+    @enable_ki_protection
+    def checkin(self, resource: Resource[T]) -> None:
+        """Give a worker back.
+
+        It never blocks and does no I/O, so it can't be cancelled and belongs into a ``finally:``.
+        A worker that has died is replaced, one that needs it is reset before its next use; both
+        happen later, in the worker's host. Raises `NotCheckedOut` for a resource that has been
+        returned already, or that is another pool's.
+        """
+        self._supervisor.take_back(self._redeem(resource))
+
+    @enable_ki_protection
+    def destroyed(self, resource: Resource[T]) -> None:
+        """Give a worker back as broken: it is closed, and replaced where one is needed.
+
+        Like `checkin`, it never blocks, and raises only `NotCheckedOut`.
+        """
+        self._supervisor.dismiss(self._redeem(resource), "destroyed")
+
+    def _redeem(self, resource: Resource[T]) -> Worker[T]:
+        """Take the worker off a resource: it can be returned once."""
+        worker = resource._worker
+        if worker is None:
+            raise NotCheckedOut("the resource has been returned already")
+        if resource._session is not self:
+            raise NotCheckedOut(f"the resource is of {resource._session.name}, not of {self.name}")
+        resource._worker = None
+        return worker
+
+    def worker(self, timeout: float = 5.0) -> AbstractAsyncContextManager[T]:
+        """Check out a worker for the length of an ``async with`` block, and return it whatever happens.
+
+        Entering raises what `block_checkout` raises. Leaving never blocks.
+        """
+        return _Lease(self, timeout)
+
+    async def safe_shutdown(self, timeout: float = math.inf) -> None:
+        """Shut the pool down, and return when every worker is closed.
+
+        New checkouts are refused with `PoolClosed`, tasks already in line are still served, and
+        workers that are out are waited for, for at most `timeout` seconds; then whatever is left is
+        closed at once. It may be called again, also with a shorter timeout, also from several tasks.
+        Where it is cancelled, the pool goes on draining.
+        """
+        check_seconds("timeout", timeout)
+        supervisor = self._supervisor
+        supervisor.drain()
+        with trio.move_on_after(timeout):
+            await supervisor.closed.wait()
+        if not supervisor.closed.is_set():
+            supervisor.close_now()
+            await supervisor.closed.wait()
+
+    def statistics(self) -> PoolStatistics:
+        """Return how the pool stands, and what it has seen."""
+        return self._supervisor.statistics()
+
+    def _leaked(self, resource: Resource[T], worker: Worker[T]) -> None:
+        """Reclaim the worker of a resource that is being garbage-collected, in whatever thread."""
+        if worker.place is not Place.OUT:
+            return  # the pool has closed it already
+        try:
+            self._trio_token.run_sync_soon(self._supervisor.reclaim, worker, _origin(resource))
+        except trio.RunFinishedError:
+            return
+        # With tracemalloc on, Python shows where `source` was allocated.
+        warnings.warn(f"{resource!r} was never returned", ResourceWarning, source=resource)
+
+
+def _origin(resource: Resource[Any]) -> str:
+    """Say where a resource was checked out; tracemalloc knows, while it is tracing."""
+    for frame in reversed(tracemalloc.get_object_traceback(resource) or ()):
+        if frame.filename != __file__:
+            return f"{frame.filename}:{frame.lineno}"
+    return "unknown: trace it with python -X tracemalloc=10"
+
+
+class _Lease(AbstractAsyncContextManager[T]):
+    """`Session.worker`. A class, as it costs half of a generator."""
+
+    __slots__ = ("_resource", "_session", "_timeout")
+
+    def __init__(self, session: Session[T], timeout: float) -> None:
+        self._session = session
+        self._timeout = timeout
+        self._resource: Resource[T]
+
+    @enable_ki_protection
+    async def __aenter__(self) -> T:
+        self._resource = await self._session.block_checkout(self._timeout)
+        return self._resource.get()
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._session.checkin(self._resource)

@@ -1,0 +1,76 @@
+"""How a pool stands and what it has seen, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PoolState = Literal["ready", "overflow", "full", "draining", "closed"]
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """A snapshot of one pool, from `Session.statistics`.
+
+    The numbers always add up: the workers are ``idle + in_use + starting + resetting``, and
+    ``started`` is ``idle + in_use + resetting + retired + lost + destroyed + leaked``.
+    """
+
+    name: str
+    """The pool's name."""
+
+    state: PoolState
+    """``"ready"``: a worker is idle. ``"overflow"``: none is idle, but one more may be started.
+    ``"full"``: none is idle and none may be started. Then ``"draining"`` and ``"closed"``.
+    The first three are poolboy's."""
+
+    pool_size: int
+    """The workers that the pool keeps alive."""
+
+    max_overflow: int
+    """The workers that it may start beyond those."""
+
+    idle: int
+    """Workers on the shelf, ready to be checked out."""
+
+    in_use: int
+    """Workers that are checked out."""
+
+    overflow: int
+    """How many of the workers are beyond `pool_size`."""
+
+    starting: int
+    """Workers being opened."""
+
+    resetting: int
+    """Workers in the care of their host: being reset after a return, or probed."""
+
+    waiting: int
+    """Tasks in line for a worker."""
+
+    checkouts: int
+    """Checkouts that got a worker, since the pool was opened."""
+
+    timeouts: int
+    """Checkouts that ended in `CheckoutTimeout`, overloads not counted."""
+
+    overloads: int
+    """Checkouts that ended in `PoolOverloaded`."""
+
+    started: int
+    """Workers that were opened."""
+
+    start_failures: int
+    """Attempts to open a worker that failed."""
+
+    retired: int
+    """Workers that the pool closed in good health: overflow that was no longer needed, shutdown."""
+
+    lost: int
+    """Workers that died: their host crashed or their peer hung up."""
+
+    destroyed: int
+    """Workers that a client called broken, or that could not be reset."""
+
+    leaked: int
+    """Workers whose resource was garbage-collected without having been returned."""

@@ -1,0 +1,9 @@
+"""psycopg 3 on Trio, with and without the pool. Needs the extra ``postgres``."""
+
+from ._connection import TrioConnection, connect
+from ._manager import PostgresManager, open_pool
+
+__all__ = ["PostgresManager", "TrioConnection", "connect", "open_pool"]
+
+for _class in (PostgresManager, TrioConnection):
+    _class.__module__ = __name__

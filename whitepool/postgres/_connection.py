@@ -1,0 +1,312 @@
+"""psycopg's AsyncConnection, native on Trio.
+
+psycopg keeps protocol and waiting apart. All that is replaced here is the waiting: connecting, the
+lock, the wait for a query, cancelling and closing. The rest is psycopg's own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import psycopg
+import trio
+from psycopg import capabilities, errors, pq
+from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import (
+    conninfo_attempts,
+    conninfo_to_dict,
+    make_conninfo,
+    timeout_from_conninfo,
+)
+from psycopg.rows import AsyncRowFactory, Row, tuple_row
+from psycopg.transaction import AsyncTransaction
+from psycopg.waiting import Ready
+
+from .._manager import WorkerManager
+from ._waiting import drive, poll
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+CLEANUP_TIMEOUT = 5.0
+"""Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
+
+
+class Lock:
+    """A lock that does not go through the scheduler when it is free.
+
+    Psycopg takes it for each operation, and the operation is a checkpoint itself. It has no owner,
+    as an asynchronous generator may be closed by another task than the one that started it.
+    """
+
+    def __init__(self) -> None:
+        self._free = trio.Semaphore(1, max_value=1)
+
+    async def __aenter__(self) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._free.acquire_nowait()
+        except trio.WouldBlock:
+            await self._free.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._free.release()
+
+
+class TrioTransaction(AsyncTransaction):
+    """A transaction that is rolled back also when its task is being cancelled."""
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> bool:
+        if exc_type is None:
+            return await super().__aexit__(exc_type, exc_val, exc_tb)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT):
+            return await super().__aexit__(exc_type, exc_val, exc_tb)
+        await self.connection.close()  # no answer within the time
+        return False
+
+
+class TrioConnection(psycopg.AsyncConnection[Row]):
+    """A connection to PostgreSQL: `psycopg.AsyncConnection`, for Trio.
+
+    A cancelled operation is cancelled on the server as well, and raises `trio.Cancelled` when the
+    connection is usable again, or closed.
+    """
+
+    __worker_manager__: ClassVar[WorkerManager[TrioConnection[Any]]]
+    """How a pool treats connections, also those of a bare factory."""
+
+    def __init__(
+        self,
+        pgconn: pq.abc.PGconn,
+        row_factory: AsyncRowFactory[Row] = cast(AsyncRowFactory[Row], tuple_row),
+    ) -> None:
+        super().__init__(pgconn, row_factory)
+        self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
+
+    @classmethod
+    async def connect(
+        cls,
+        conninfo: str = "",
+        *,
+        autocommit: bool = False,
+        prepare_threshold: int | None = 5,
+        context: AdaptContext | None = None,
+        row_factory: AsyncRowFactory[Row] | None = None,
+        cursor_factory: type[psycopg.AsyncCursor[Row]] | None = None,
+        **kwargs: ConnParam,
+    ) -> Self:
+        """Connect to a server; see `psycopg.AsyncConnection.connect`.
+
+        Host names are resolved in a thread. Every host, and every address of a host, is one attempt,
+        for which `connect_timeout` counts. Raises `psycopg.OperationalError`.
+        """
+        params = conninfo_to_dict(conninfo, **kwargs)
+        timeout = timeout_from_conninfo(params)
+        if _has_names_to_resolve(params):
+            attempts = await trio.to_thread.run_sync(
+                conninfo_attempts, params, abandon_on_cancel=True
+            )
+        else:
+            attempts = conninfo_attempts(params)
+        failures: list[tuple[str, psycopg.Error]] = []
+        for attempt in attempts:
+            try:
+                with trio.move_on_after(timeout):
+                    pgconn = await _connect_once(make_conninfo("", **attempt))
+                    break
+                raise errors.ConnectionTimeout("connection timeout expired")
+            except psycopg.Error as error:
+                where = ", ".join(
+                    f"{key}: {attempt.get(key)!r}" for key in ("host", "port", "hostaddr")
+                )
+                failures.append((where, error))
+        else:
+            raise _all_failed(failures)
+        connection = cls(pgconn)
+        connection._autocommit = bool(autocommit)
+        if row_factory:
+            connection.row_factory = row_factory
+        if cursor_factory:
+            connection.cursor_factory = cursor_factory
+        if context:
+            connection._adapters = AdaptersMap(context.adapters)
+        connection.prepare_threshold = prepare_threshold
+        return connection
+
+    async def wait(
+        self, gen: PQGen[RV], interval: float | None = None, timeout: float | None = None
+    ) -> RV:
+        """Run one of psycopg's generators to its end. (psycopg calls this.)
+
+        psycopg's asyncio looks up from its wait at an `interval` to notice Ctrl-C; Trio needs none.
+        Only `notifies` sets a limit: as `timeout` in new releases of psycopg, as `interval` in old ones.
+        """
+        try:
+            if timeout is None and interval is None:
+                return await drive(gen, self.pgconn.socket)
+            limit = timeout if timeout is not None else interval
+            with trio.move_on_after(limit or 0):
+                return await drive(gen, self.pgconn.socket)
+            if timeout is not None:
+                raise errors._WaitTimeout("wait timeout expired")
+            try:
+                gen.send(Ready.NONE)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            raise psycopg.InternalError("the operation has no timeout")
+        except trio.ClosedResourceError:
+            raise psycopg.OperationalError("the connection is closed") from None
+        except Exception:
+            raise
+        except BaseException:
+            await self._stop(gen)
+            raise
+
+    async def _stop(self, gen: PQGen[Any]) -> None:
+        """Cancel the running query on the server, and read to the end of it."""
+        active = pq.TransactionStatus.ACTIVE
+        if self.pgconn.transaction_status != active:
+            return
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT):
+            pause = 0.1
+            try:
+                while True:
+                    await self.cancel_safe()
+                    # A request that overtakes its query is ignored by the server: ask again.
+                    with trio.move_on_after(pause):
+                        await drive(gen, self.pgconn.socket)
+                        break
+                    pause *= 2
+            except Exception:
+                pass  # most likely QueryCanceled, as wanted; what matters is the state it leaves
+        if self.pgconn.transaction_status in (active, pq.TransactionStatus.UNKNOWN):
+            self._finish()
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:
+        """Cancel the running operation on the server; see `psycopg.AsyncConnection.cancel_safe`.
+
+        With a libpq older than 17 it needs a thread.
+        """
+        if not self._should_cancel():
+            return
+        with trio.move_on_after(timeout or float("inf")):
+            if capabilities.has_cancel_safe():
+                request = self.pgconn.cancel_conn()
+                request.start()
+                if not await poll(request.poll, lambda: request.socket):
+                    raise psycopg.OperationalError(
+                        f"cancellation failed: {request.get_error_message()}"
+                    )
+            else:
+                await trio.to_thread.run_sync(self.cancel)
+            return
+        raise errors.CancellationTimeout("cancellation timeout expired")
+
+    @asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncIterator[AsyncTransaction]:
+        """Run a block in a transaction, or in a savepoint; see `psycopg.AsyncConnection.transaction`.
+
+        A block that is left by a cancellation is rolled back, shielded from it.
+        """
+        transaction = TrioTransaction(self, savepoint_name, force_rollback)
+        if self._pipeline:
+            async with self.pipeline(), transaction, self.pipeline():
+                yield transaction
+        else:
+            async with transaction:
+                yield transaction
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        with trio.CancelScope() as scope:
+            if exc_type is not None:
+                scope.shield = True
+                scope.deadline = trio.current_time() + CLEANUP_TIMEOUT
+            try:
+                await super().__aexit__(exc_type, exc_val, exc_tb)
+            finally:
+                self._finish()
+
+    async def close(self) -> None:
+        """Close the connection. A task that waits for it gets `psycopg.OperationalError`."""
+        self._closed = True
+        self._finish()
+        await trio.lowlevel.checkpoint()
+
+    def _finish(self) -> None:
+        if not self.closed:
+            trio.lowlevel.notify_closing(self.pgconn.socket)
+            self.pgconn.finish()
+
+
+connect = TrioConnection.connect
+
+
+async def _connect_once(conninfo: str) -> pq.abc.PGconn:
+    """Make one attempt to connect."""
+    pgconn = pq.PGconn.connect_start(conninfo.encode())
+    try:
+        if pgconn.status == pq.ConnStatus.BAD:
+            raise psycopg.OperationalError(
+                f"connection is bad: {pgconn.get_error_message()}", pgconn=pgconn
+            )
+        if not await poll(pgconn.connect_poll, lambda: pgconn.socket):
+            raise psycopg.OperationalError(
+                f"connection failed: {pgconn.get_error_message()}",
+                pgconn=errors.finish_pgconn(pgconn),
+            )
+    except BaseException:
+        pgconn.finish()
+        raise
+    pgconn.nonblocking = 1
+    return pgconn
+
+
+def _all_failed(failures: list[tuple[str, psycopg.Error]]) -> psycopg.Error:
+    """Make one error of those of all attempts, with the class of the last."""
+    last = failures[-1][1]
+    if len(failures) == 1:
+        return last
+    lines = [
+        str(last),
+        "Multiple connection attempts failed. All failures were:",
+        *(f"- {where}: {error}" for where, error in failures),
+    ]
+    return type(last)("\n".join(lines), pgconn=last.pgconn)
+
+
+def _has_names_to_resolve(params: ConnDict) -> bool:
+    """Say whether a host must be looked up; then psycopg's splitting into attempts blocks."""
+    if params.get("hostaddr") or os.environ.get("PGHOSTADDR"):
+        return False
+    hosts = str(params.get("host") or os.environ.get("PGHOST", ""))
+    return any(not (_is_path(host) or _is_address(host)) for host in hosts.split(",") if host)
+
+
+def _is_path(host: str) -> bool:
+    return host.startswith(("/", "@")) or host[1:2] == ":"
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
