@@ -88,9 +88,7 @@ def _load(data: Path) -> tuple[Any, Any]:
     server = get_server(data, cleanup_mode=None, start=False)
 
     def run(program: str, arguments: tuple[str, ...]) -> str:
-        return pgexec(
-            program, arguments, bin_path=server.bin_path, user=server.system_user, timeout=60
-        )
+        return pgexec(program, arguments, bin_path=server.bin_path, user=server.system_user, timeout=60)
 
     return server, run
 

@@ -53,9 +53,7 @@ class Pool(Generic[T]):
           Default `math.inf`.
     """
 
-    def __init__(
-        self, factory: Factory[T] | WorkerManager[T], **options: Unpack[PoolOptions]
-    ) -> None:
+    def __init__(self, factory: Factory[T] | WorkerManager[T], **options: Unpack[PoolOptions]) -> None:
         self._options = Options(**options)
         if isinstance(factory, WorkerManager):
             self._manager: WorkerManager[T] = factory

@@ -123,7 +123,7 @@ class Session(Generic[T]):
 
     @enable_ki_protection
     def checkout_nowait(self) -> Resource[T]:
-        """Check out an idle worker, now. Raises `trio.WouldBlock` where none is idle, and `PoolClosed`."""
+        """Check out an idle worker, now. Raises `trio.WouldBlock` if none is idle, and `PoolClosed`."""
         resource = self._take_idle()
         if resource is None:
             raise trio.WouldBlock
@@ -204,7 +204,9 @@ class Session(Generic[T]):
         except trio.RunFinishedError:
             return
         # With tracemalloc on, Python shows where `source` was allocated.
-        warnings.warn(f"{resource!r} was never returned", ResourceWarning, source=resource)
+        warnings.warn(
+            f"{resource!r} was never returned", ResourceWarning, stacklevel=2, source=resource
+        )
 
 
 def _origin(resource: Resource[Any]) -> str:

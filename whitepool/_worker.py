@@ -10,7 +10,6 @@ from typing import Generic, Literal, Protocol, TypeVar
 import trio
 from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
 
-from ._log import log
 from ._manager import WorkerManager, manager_of
 from ._options import Options
 

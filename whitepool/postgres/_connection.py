@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psycopg
 import trio
@@ -24,7 +24,7 @@ from psycopg.conninfo import (
     make_conninfo,
     timeout_from_conninfo,
 )
-from psycopg.rows import AsyncRowFactory, Row, tuple_row
+from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import AsyncTransaction
 from psycopg.waiting import Ready
 
@@ -89,9 +89,11 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
     def __init__(
         self,
         pgconn: pq.abc.PGconn,
-        row_factory: AsyncRowFactory[Row] = cast(AsyncRowFactory[Row], tuple_row),
+        row_factory: AsyncRowFactory[Row] | None = None,
     ) -> None:
-        super().__init__(pgconn, row_factory)
+        super().__init__(pgconn)
+        if row_factory is not None:
+            self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
 
     @classmethod
@@ -114,9 +116,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         params = conninfo_to_dict(conninfo, **kwargs)
         timeout = timeout_from_conninfo(params)
         if _has_names_to_resolve(params):
-            attempts = await trio.to_thread.run_sync(
-                conninfo_attempts, params, abandon_on_cancel=True
-            )
+            attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
         else:
             attempts = conninfo_attempts(params)
         failures: list[tuple[str, psycopg.Error]] = []
@@ -150,7 +150,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """Run one of psycopg's generators to its end. (psycopg calls this.)
 
         psycopg's asyncio looks up from its wait at an `interval` to notice Ctrl-C; Trio needs none.
-        Only `notifies` sets a limit: as `timeout` in new releases of psycopg, as `interval` in old ones.
+        Only `notifies` sets a limit: as `timeout` in new releases, as `interval` in old ones.
         """
         try:
             if timeout is None and interval is None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import psycopg
 from psycopg import pq
-from psycopg.abc import ConnParam
 
 from .._manager import WorkerManager
 from .._options import PoolOptions
@@ -29,8 +28,7 @@ class ConnectionManager(WorkerManager[Connection]):
         """Say whether the connection is open, with nothing under way: no query, copy or pipeline."""
         pgconn = worker.pgconn
         return (
-            pgconn.transaction_status in _REUSABLE
-            and pgconn.pipeline_status == pq.PipelineStatus.OFF
+            pgconn.transaction_status in _REUSABLE and pgconn.pipeline_status == pq.PipelineStatus.OFF
         )
 
     def needs_reset(self, worker: Connection) -> bool:
