@@ -13,7 +13,10 @@ import tempfile
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SETTINGS = {
     "fsync": "off",  # the data does not outlive the example
@@ -23,7 +26,7 @@ SETTINGS = {
 
 
 class EmbeddedPostgres:
-    """A server of one's own, for the length of a ``with`` block; listens on 127.0.0.1 and a Unix socket."""
+    """A server of one's own, for the length of a ``with`` block, on 127.0.0.1 and on a Unix socket."""
 
     def __init__(self, **settings: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="whitepool-"))
@@ -58,7 +61,7 @@ class EmbeddedPostgres:
     def _pg_ctl(self, command: str, *arguments: str) -> None:
         self._run("pg_ctl", (command, "-w", "-D", str(self._data), *arguments))
 
-    def __enter__(self) -> EmbeddedPostgres:
+    def __enter__(self) -> Self:
         try:
             self.start()
         except BaseException:
