@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import trio
 from outcome import Error, Value
@@ -19,25 +19,6 @@ from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_resch
 from ._worker import Worker
 
 T = TypeVar("T")
-
-
-class Waiter(Generic[T]):
-    """A task in line. It has left the line once `line` is None."""
-
-    __slots__ = ("line", "never_queues", "task")
-
-    def __init__(self, line: Line[T], task: Task, never_queues: bool) -> None:
-        self.line: Line[T] | None = line
-        self.task = task
-        self.never_queues = never_queues
-        """It waits for a start, not for a return (`Session.nonblock_checkout`)."""
-
-    def abort(self, _: object) -> Abort:
-        """Leave the line because the task was cancelled. (Trio calls this.)"""
-        line = cast("Line[T]", self.line)
-        del line.waiters[self]
-        line.has_left(self)
-        return Abort.SUCCEEDED
 
 
 class Line(Generic[T]):
@@ -52,61 +33,65 @@ class Line(Generic[T]):
     def __init__(self, *, lifo: bool, timed_out: Callable[[], Exception]) -> None:
         self.idle: deque[Worker[T]] = deque()
         """The shelf. The right end is the one that was in use last."""
-        self.waiters: OrderedDict[Waiter[T], None] = OrderedDict()
-        """The line. The first is the longest-waiting."""
         self.take = self.idle.pop if lifo else self.idle.popleft
         """Take the next idle worker off the shelf; IndexError where there is none."""
+        self.waiters: OrderedDict[Task, int] = OrderedDict()
+        """The line, and the number under which each task joined it. The first waits the longest."""
+        self.not_queueing: set[Task] = set()
+        """Those in line that wait for a start, not for a return (`Session.nonblock_checkout`)."""
         self._timed_out = timed_out
-        # Deadlines of waiters, the earliest first. Those who have left are swept out in bulk: most
-        # are served long before their deadline, and to look for each would cost more than to wait.
-        self._deadlines: list[tuple[float, int, Waiter[T]]] = []
         self._joined = 0
-        self._left_early = 0
+        # The earliest first. Those who have left stay in it until there are too many of them: most
+        # are served long before their deadline, and to look for each would cost more than the wait.
+        self._deadlines: list[tuple[float, int, Task]] = []
         self._alarm = trio.CancelScope()
 
-    async def join(self, timeout: float, *, never_queues: bool = False) -> Worker[T]:
+    async def join(self, timeout: float) -> Worker[T]:
         """Wait in line for a worker, for at most `timeout` seconds."""
-        waiter = Waiter(self, current_task(), never_queues)
-        self.waiters[waiter] = None
+        task = current_task()
+        self._joined = number = self._joined + 1
+        self.waiters[task] = number
         if timeout != math.inf:
             deadline = trio.current_time() + timeout
-            self._joined += 1
-            heappush(self._deadlines, (deadline, self._joined, waiter))
+            if len(self._deadlines) > 64 + 2 * len(self.waiters):
+                self._deadlines = [entry for entry in self._deadlines if self._waits(entry)]
+                heapify(self._deadlines)
+            heappush(self._deadlines, (deadline, number, task))
             if deadline < self._alarm.deadline:
                 self._alarm.deadline = deadline
-        return cast("Worker[T]", await wait_task_rescheduled(waiter.abort))
+
+        def abort(_: object) -> Abort:
+            del self.waiters[task]
+            return Abort.SUCCEEDED
+
+        return cast("Worker[T]", await wait_task_rescheduled(abort))
 
     def serve(self, worker: Worker[T]) -> None:
         """Give a worker to the longest-waiting task."""
-        waiter, _ = self.waiters.popitem(last=False)
-        self.has_left(waiter)
-        reschedule(waiter.task, Value(worker))
+        task, _ = self.waiters.popitem(last=False)
+        reschedule(task, Value(worker))
 
-    def fail(self, waiter: Waiter[T], error: Exception) -> None:
-        """Send a task away."""
-        del self.waiters[waiter]
-        self.has_left(waiter)
-        reschedule(waiter.task, Error(error))
-
-    def has_left(self, waiter: Waiter[Any]) -> None:
-        """Forget a waiter that has been taken out of `waiters`."""
-        waiter.line = None
-        self._left_early += 1
-        if self._left_early > 64 + len(self._deadlines) // 2:
-            self._deadlines = [entry for entry in self._deadlines if entry[2].line is not None]
-            heapify(self._deadlines)
-            self._left_early = 0
+    def fail(self, task: Task, error: Exception) -> None:
+        """Send a waiting task away."""
+        del self.waiters[task]
+        reschedule(task, Error(error))
 
     async def keep_time(self) -> None:
         """Send away those whose time is up. One task does it for all of them."""
         while True:
             now = trio.current_time()
-            while self._deadlines and (
-                self._deadlines[0][0] <= now or self._deadlines[0][2].line is None
-            ):
-                waiter = heappop(self._deadlines)[2]
-                if waiter.line is not None:
-                    self.fail(waiter, self._timed_out())
+            while self._deadlines:
+                deadline, _, task = self._deadlines[0]
+                if self._waits(self._deadlines[0]):
+                    if deadline > now:
+                        break
+                    self.fail(task, self._timed_out())
+                heappop(self._deadlines)
             earliest = self._deadlines[0][0] if self._deadlines else math.inf
             with trio.CancelScope(deadline=earliest) as self._alarm:
                 await trio.sleep_forever()
+
+    def _waits(self, entry: tuple[float, int, Task]) -> bool:
+        """Say whether a task is still in line: it may have left, and may have joined again."""
+        _, number, task = entry
+        return self.waiters.get(task) == number

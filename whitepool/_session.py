@@ -117,7 +117,12 @@ class Session(Generic[T]):
             await cancel_shielded_checkpoint()
             raise PoolFull(f"{self.name}: every worker is out, and no further one may be started")
         supervisor.one_is_lacking()
-        worker = await self._line.join(math.inf, never_queues=True)
+        task = trio.lowlevel.current_task()
+        self._line.not_queueing.add(task)
+        try:
+            worker = await self._line.join(math.inf)
+        finally:
+            self._line.not_queueing.discard(task)
         self._counts["checkouts"] += 1
         return Resource(self, worker)
 

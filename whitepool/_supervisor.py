@@ -78,16 +78,20 @@ class Supervisor(Generic[T]):
 
     def take_back(self, worker: Worker[T]) -> None:
         """Receive a worker from a client, whatever its state."""
-        if worker.place is not Place.OUT:
+        if worker.condemned is not None:
             return  # it crashed, or the pool closed it, while it was out
-        if worker.is_alive is not None and not worker.is_alive(worker.obj):
+        try:
+            if worker.is_alive is not None and not worker.is_alive(worker.obj):
+                self.dismiss(worker, "dead")
+            elif worker.needs_reset is not None and worker.needs_reset(worker.obj):
+                worker.place = Place.HOST
+                self._in_host += 1
+                worker.reset()
+            else:
+                self.admit(worker)
+        except Exception as error:  # a manager's; the client is not to blame
+            log.error("manager_failed", pool=self.name, error=str(error))
             self.dismiss(worker, "dead")
-        elif worker.needs_reset is not None and worker.needs_reset(worker.obj):
-            worker.place = Place.HOST
-            self._in_host += 1
-            worker.reset()
-        else:
-            self.admit(worker)
 
     def dismiss(self, worker: Worker[T], reason: Reason) -> None:
         """Let a worker go. It must be off the shelf; whoever holds it finds out."""
@@ -136,8 +140,8 @@ class Supervisor(Generic[T]):
     def close_now(self) -> None:
         """Close every worker, also those that are out."""
         self.drain()
-        for waiter in list(self.line.waiters):
-            self.line.fail(waiter, PoolClosed(f"{self.name} was shut down"))
+        for task in list(self.line.waiters):
+            self.line.fail(task, PoolClosed(f"{self.name} was shut down"))
         for worker in list(self._workers):
             self.dismiss(worker, "shutdown")
 
@@ -206,10 +210,10 @@ class Supervisor(Generic[T]):
         if isinstance(error, PoolStartError) and not self._opened.is_set():
             self._final_error = error
             self._opened.set()
-        for waiter in [waiter for waiter in self.line.waiters if waiter.never_queues]:
+        for task in self.line.not_queueing.intersection(self.line.waiters):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
             refusal.__cause__ = error
-            self.line.fail(waiter, refusal)
+            self.line.fail(task, refusal)
         self._nursery.start_soon(self._look_around_at, self._backoff.retry_at)
 
     def ready(self, worker: Worker[T]) -> None:
@@ -246,21 +250,27 @@ class Supervisor(Generic[T]):
                     self._nursery.start_soon(self.line.keep_time)
                     if self.options.overflow_ttl > 0:
                         self._nursery.start_soon(self._dismiss_overflow)
-                    self.look_around()
-                    async for worker in self._outbox:
-                        if worker is None:
-                            self._news = False
-                        elif worker.place is Place.HOST:
-                            worker.place = Place.OUT
-                            self._in_host -= 1
-                            self.admit(worker)
-                        self._balance()
-                        if self.draining and not self._workers and not self.line.waiters:
-                            break
+                    try:
+                        await self._supervise()
+                    finally:
+                        # Hosts are shielded: where a crash ends the loop, nobody else ends them.
+                        self.close_now()
                     self._nursery.cancel_scope.cancel()
         finally:
-            self.draining = True
             self.closed.set()
+
+    async def _supervise(self) -> None:
+        self.look_around()
+        async for worker in self._outbox:
+            if worker is None:
+                self._news = False
+            elif worker.place is Place.HOST:
+                worker.place = Place.OUT
+                self._in_host -= 1
+                self.admit(worker)
+            self._balance()
+            if self.draining and not self._workers and not self.line.waiters:
+                break
 
     def _balance(self) -> None:
         """Start what is missing: workers that the line waits for, and those that make up the pool."""

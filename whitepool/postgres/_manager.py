@@ -17,8 +17,11 @@ from ._connection import TrioConnection
 
 Connection = TrioConnection[Any]
 
-_IDLE = pq.TransactionStatus.IDLE
-_REUSABLE = (_IDLE, pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR)
+# Plain numbers: these are asked at each checkin, and an enum costs more than the question.
+_IDLE = int(pq.TransactionStatus.IDLE)
+_BUSY = int(pq.TransactionStatus.ACTIVE)
+_GONE = int(pq.TransactionStatus.UNKNOWN)
+_NO_PIPELINE = int(pq.PipelineStatus.OFF)
 
 
 class ConnectionManager(WorkerManager[Connection]):
@@ -27,9 +30,8 @@ class ConnectionManager(WorkerManager[Connection]):
     def is_alive(self, worker: Connection) -> bool:
         """Say whether the connection is open, with nothing under way: no query, copy or pipeline."""
         pgconn = worker.pgconn
-        return (
-            pgconn.transaction_status in _REUSABLE and pgconn.pipeline_status == pq.PipelineStatus.OFF
-        )
+        status = pgconn.transaction_status
+        return status != _BUSY and status != _GONE and pgconn.pipeline_status == _NO_PIPELINE
 
     def needs_reset(self, worker: Connection) -> bool:
         """Say whether the connection is inside a transaction."""

@@ -1,0 +1,86 @@
+"""What the pool asks of a worker, and of whom it asks it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import trio.testing
+
+import whitepool
+
+
+@pytest.mark.parametrize("method", ["aclose", "close"])
+@pytest.mark.parametrize("asynchronous", [True, False])
+async def test_a_worker_is_closed_by_the_method_it_has(method: str, asynchronous: bool) -> None:
+    """`aclose` or `close`, plain or async."""
+    closed = []
+
+    async def close_async(self: Any) -> None:
+        closed.append(self)
+
+    def close_plain(self: Any) -> None:
+        closed.append(self)
+
+    kind = type("Closable", (), {method: close_async if asynchronous else close_plain})
+
+    async def make() -> Any:
+        return kind()
+
+    async with whitepool.open_pool(make, pool_size=1):
+        assert not closed
+    assert len(closed) == 1
+
+
+async def test_a_worker_without_a_close_is_left_alone() -> None:
+    """A number is as good a worker as any."""
+
+    async def make() -> int:
+        return 7
+
+    async with whitepool.open_pool(make, pool_size=1) as session, session.worker() as seven:
+        assert seven == 7
+
+
+async def test_a_class_may_bring_its_own_manager() -> None:
+    """Then a bare factory is enough to have its objects reset."""
+    resets = []
+
+    class Own(whitepool.WorkerManager[Any]):
+        def needs_reset(self, worker: Any) -> bool:
+            return True
+
+        async def reset(self, worker: Any) -> None:
+            resets.append(worker)
+
+    class Worker:
+        __worker_manager__: ClassVar[whitepool.WorkerManager[Any]] = Own()
+
+    async def make() -> Worker:
+        return Worker()
+
+    async with whitepool.open_pool(make, pool_size=1) as session:
+        async with session.worker() as worker:
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert resets == [worker]
+
+
+async def test_a_manager_that_was_given_is_the_one() -> None:
+    """What a class brings is for bare factories only."""
+
+    class Worker:
+        __worker_manager__ = None
+
+    class Given(whitepool.WorkerManager[Worker]):
+        async def create(self) -> Worker:
+            return Worker()
+
+    async with whitepool.open_pool(Given(), pool_size=1) as session, session.worker():
+        pass
+
+
+async def test_a_manager_must_be_able_to_create() -> None:
+    """The one method without a default."""
+    with pytest.raises(NotImplementedError):
+        await whitepool.WorkerManager[Any]().create()

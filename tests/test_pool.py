@@ -1,0 +1,393 @@
+"""Options, opening, and who ends what."""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from workshop import Manager, Tool, Workshop, check_books
+
+import whitepool
+from whitepool._options import Options, PoolOptions
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
+
+BAD_OPTIONS: list[tuple[str, Any, type[Exception]]] = [
+    ("pool_size", "5", TypeError),
+    ("pool_size", 5.0, TypeError),
+    ("pool_size", True, TypeError),
+    ("pool_size", -1, ValueError),
+    ("max_overflow", None, TypeError),
+    ("max_overflow", -3, ValueError),
+    ("max_starting", 0, ValueError),
+    ("max_starting", math.inf, TypeError),
+    ("max_waiting", 1.5, TypeError),
+    ("max_waiting", -1, ValueError),
+    ("strategy", "random", ValueError),
+    ("strategy", 1, TypeError),
+    ("name", 7, TypeError),
+    ("lazy", 1, TypeError),
+    ("overflow_ttl", "10", TypeError),
+    ("overflow_ttl", -0.1, ValueError),
+    ("overflow_ttl", math.nan, ValueError),
+    ("start_timeout", 0, ValueError),
+    ("start_timeout", None, TypeError),
+    ("reset_timeout", -1, ValueError),
+    ("close_timeout", False, TypeError),
+    ("shutdown_timeout", -1, ValueError),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "error"), BAD_OPTIONS)
+def test_a_bad_option_is_refused_by_name(option: str, value: Any, error: type[Exception]) -> None:
+    """The message names the option and the value, and nothing has been opened."""
+    shop = Workshop()
+    with pytest.raises(error, match=option) as caught:
+        whitepool.Pool(shop.make, **{option: value})
+    assert repr(value) in str(caught.value)
+    with pytest.raises(error):
+        whitepool.open_pool(shop.make, **{option: value})
+    assert shop.attempts == 0
+
+
+def test_an_unknown_option_is_refused() -> None:
+    """A typing error does not go unnoticed."""
+    with pytest.raises(TypeError, match="poolsize"):
+        whitepool.Pool(Workshop().make, poolsize=3)  # type: ignore[call-arg]
+
+
+def test_a_factory_must_be_callable() -> None:
+    """The object itself instead of a factory is the commonest mistake."""
+    with pytest.raises(TypeError, match="factory must be callable"):
+        whitepool.Pool(object())  # type: ignore[arg-type]
+
+
+def test_the_typed_options_are_the_options() -> None:
+    """What type checkers allow is what there is."""
+    assert set(PoolOptions.__annotations__) == set(Options.__dataclass_fields__)
+
+
+def test_names_are_generated() -> None:
+    """Two pools without a name can be told apart."""
+    one, other = Options().name, Options().name
+    assert one is not None
+    assert one.startswith("pool-")
+    assert one != other
+
+
+async def test_open_pool_yields_a_full_pool() -> None:
+    """All of `pool_size` are open, at most `max_starting` having been opened at once."""
+    shop = Workshop()
+
+    async def slowly(_: int) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+
+    shop.before_open = slowly
+    async with whitepool.open_pool(shop.make, pool_size=7, max_starting=3, name="x") as session:
+        now = session.statistics()
+        assert (now.idle, now.started, now.state, now.name) == (7, 7, "ready", "x")
+        assert shop.most_opening == 3
+    assert not shop.alive
+    assert session.statistics().state == "closed"
+    assert session.statistics().retired == 7
+
+
+async def test_workers_are_opened_concurrently(autojump_clock: trio.testing.MockClock) -> None:
+    """Opening takes as long as the slowest batch, not as long as all one after the other."""
+    shop = Workshop()
+
+    async def slowly(_: int) -> None:
+        await trio.sleep(1)
+
+    shop.before_open = slowly
+    async with whitepool.open_pool(shop.make, pool_size=8, max_starting=4):
+        assert trio.current_time() == pytest.approx(2)
+
+
+async def test_a_lazy_pool_opens_nothing_before_the_first_need() -> None:
+    """And then what is needed, which stays."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=3, lazy=True) as session:
+        assert shop.attempts == 0
+        async with session.worker(), session.worker():
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().idle == shop.attempts == 2
+
+
+async def test_a_pool_of_nothing_but_overflow() -> None:
+    """`pool_size=0` starts workers on demand and lets them go."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=0, max_overflow=1, overflow_ttl=0) as session:
+        assert session.statistics().state == "overflow"
+        async with session.worker():
+            assert session.statistics().state == "full"
+        await trio.testing.wait_all_tasks_blocked()
+        assert not shop.alive
+
+
+async def test_a_pool_of_no_workers_at_all() -> None:
+    """It is legal, it is full, and it says so."""
+    async with whitepool.open_pool(Workshop().make, pool_size=0, max_overflow=0) as session:
+        assert session.statistics().state == "full"
+        with pytest.raises(whitepool.PoolFull):
+            await session.nonblock_checkout()
+        with pytest.raises(whitepool.CheckoutTimeout):
+            await session.block_checkout(timeout=0)
+
+
+async def test_failures_at_opening_are_retried(autojump_clock: trio.testing.MockClock) -> None:
+    """A server that comes up a little later than the service is no reason to give up. (Rule 5.)"""
+    shop = Workshop()
+
+    async def down_at_first(attempt: int) -> None:
+        if attempt <= 5:
+            raise OSError("connection refused")
+
+    shop.before_open = down_at_first
+    async with whitepool.open_pool(shop.make, pool_size=3) as session:
+        assert session.statistics().start_failures == 5
+        assert len(shop.alive) == 3
+
+
+async def test_opening_gives_up(autojump_clock: trio.testing.MockClock) -> None:
+    """After `start_timeout` it raises PoolStartError, whose cause is the factory's last error."""
+    shop = Workshop()
+    refusal = OSError("connection refused")
+
+    async def down(_: int) -> None:
+        raise refusal
+
+    shop.before_open = down
+    with pytest.raises(whitepool.PoolStartError, match="0 of 2 workers") as caught:
+        async with whitepool.open_pool(shop.make, pool_size=2, start_timeout=10):
+            pytest.fail("it must not open")
+    assert caught.value.__cause__ is refusal
+    assert trio.current_time() == pytest.approx(10, abs=0.1)
+
+
+async def test_opening_gives_up_on_a_hanging_factory(autojump_clock: trio.testing.MockClock) -> None:
+    """A factory that never returns is cancelled."""
+    shop = Workshop()
+    shop.before_open = lambda _: trio.sleep_forever()
+    with pytest.raises(whitepool.PoolStartError):
+        async with whitepool.open_pool(shop.make, pool_size=2, start_timeout=10):
+            pytest.fail("it must not open")
+    assert shop.opening == 0
+
+
+async def test_a_final_error_is_not_retried() -> None:
+    """A factory's own PoolStartError ends opening at once."""
+    shop = Workshop()
+
+    async def wrong_password(_: int) -> None:
+        raise whitepool.PoolStartError("wrong password")
+
+    shop.before_open = wrong_password
+    with pytest.raises(whitepool.PoolStartError, match="wrong password"):
+        async with whitepool.open_pool(shop.make, pool_size=1):
+            pytest.fail("it must not open")
+    assert shop.attempts == 1
+
+
+async def test_a_factory_of_the_wrong_kind() -> None:
+    """One that returns the worker itself gets an error that says what is expected."""
+
+    def plain() -> Any:
+        return 7
+
+    with pytest.raises(whitepool.PoolStartError, match=r"awaitable or an async context.*not int"):
+        async with whitepool.open_pool(plain):
+            pytest.fail("it must not open")
+
+
+async def test_opening_can_be_cancelled() -> None:
+    """And leaves nothing behind."""
+    shop = Workshop()
+
+    async def only_the_first(attempt: int) -> None:
+        if attempt > 1:
+            await trio.sleep_forever()
+
+    shop.before_open = only_the_first
+    with trio.move_on_after(0.01) as scope:
+        async with whitepool.open_pool(shop.make, pool_size=2):
+            pytest.fail("it must not open")
+    assert scope.cancelled_caught
+    assert not shop.alive
+    assert shop.opening == 0
+
+
+async def test_an_exception_leaves_the_block_as_it_was_raised() -> None:
+    """No group around it, no context, and everything is closed. (Rule 10.)"""
+    shop = Workshop()
+    error = ValueError("mine")
+    with pytest.raises(ValueError, match="mine") as caught:
+        async with whitepool.open_pool(shop.make, pool_size=2) as session:
+            held = await session.block_checkout()
+            raise error
+    assert caught.value is error
+    assert error.__context__ is None
+    assert not shop.alive
+    assert held.get().closed
+
+
+async def test_an_exception_group_of_the_user_stays_one() -> None:
+    """The pool takes off its own wrapping, nobody else's."""
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with whitepool.open_pool(Workshop().make):
+            raise BaseExceptionGroup("mine", [ValueError()])
+    assert caught.value.message == "mine"
+
+
+async def test_leaving_by_cancellation_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    """Closing is shielded, happens to all workers at once, and ends by `close_timeout`. (Rule 10.)"""
+    shop = Workshop()
+    closing = 0
+
+    async def hang(_: Tool) -> None:
+        nonlocal closing
+        closing += 1
+        await trio.sleep_forever()
+
+    shop.before_close = hang
+    with trio.move_on_after(1) as scope:
+        async with whitepool.open_pool(shop.make, pool_size=3, close_timeout=2) as session:
+            held = await session.block_checkout()
+            await trio.sleep_forever()
+    assert scope.cancelled_caught
+    assert closing == 3
+    assert held.get() in shop.tools
+    assert trio.current_time() == pytest.approx(3)
+    assert session.statistics().state == "closed"
+
+
+async def test_a_normal_exit_waits_for_outstanding_workers(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """For at most `shutdown_timeout`. (Rule 10.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=2, shutdown_timeout=3) as session:
+        resource = await session.block_checkout()
+    assert trio.current_time() == pytest.approx(3)
+    assert not shop.alive
+    session.checkin(resource)  # late, but in good standing
+    check_books(session.statistics())
+
+
+async def test_run_service() -> None:
+    """It starts in a nursery of the user's, and ends with safe_shutdown."""
+    shop = Workshop()
+    async with trio.open_nursery() as nursery:
+        pool = whitepool.Pool(Manager(shop), pool_size=2)
+        session = await nursery.start(pool.run_service)
+        assert session.statistics().idle == 2
+        await session.safe_shutdown()
+    assert not shop.alive
+
+
+async def test_a_cancelled_service_lets_its_clients_finish(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Clients that are cancelled beside it may still clean up with the worker they hold."""
+    shop = Workshop()
+    cleaned_up = []
+
+    async def client(session: whitepool.Session[Tool]) -> None:
+        async with session.worker() as tool:
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.5)
+                cleaned_up.append(not tool.closed)
+
+    async with trio.open_nursery() as nursery:
+        session = await nursery.start(whitepool.Pool(shop.make, pool_size=1).run_service)
+        nursery.start_soon(client, session)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert cleaned_up == [True]
+    assert not shop.alive
+    assert trio.current_time() == pytest.approx(0.5)
+
+
+async def test_a_service_that_cannot_start_says_so(autojump_clock: trio.testing.MockClock) -> None:
+    """`nursery.start` raises what opening raised."""
+    shop = Workshop()
+
+    async def down(_: int) -> None:
+        raise OSError
+
+    shop.before_open = down
+    pool = whitepool.Pool(shop.make, start_timeout=1)
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(pool.run_service)
+    assert isinstance(caught.value.exceptions[0], whitepool.PoolStartError)
+
+
+async def test_ctrl_c_reaches_the_user_and_closes_everything() -> None:
+    """A KeyboardInterrupt in the block comes out of it, after everything has been closed."""
+    shop = Workshop()
+    with pytest.raises(KeyboardInterrupt):
+        async with whitepool.open_pool(shop.make):
+            raise KeyboardInterrupt
+    assert not shop.alive
+
+
+async def test_a_host_that_raises_no_exception_brings_the_pool_down() -> None:
+    """SystemExit in a factory is not a failed start: it ends the program, in good order."""
+    shop = Workshop()
+
+    async def exit_at_the_second(attempt: int) -> None:
+        if attempt == 2:
+            raise SystemExit(3)
+
+    shop.before_open = exit_at_the_second
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with whitepool.open_pool(shop.make, pool_size=1) as session:
+            held = await session.block_checkout()
+            with pytest.raises(whitepool.PoolClosed):
+                await session.block_checkout(timeout=math.inf)
+    assert caught.value.split(SystemExit)[1] is None  # nothing else in it
+    assert held.get().closed
+
+
+async def test_a_context_manager_that_can_be_awaited_too() -> None:
+    """It is entered: only the context manager knows how to close what it opened."""
+    left = []
+
+    class Both:
+        def __await__(self) -> Any:
+            raise AssertionError("must not be awaited")
+            yield
+
+        async def __aenter__(self) -> str:
+            return "worker"
+
+        async def __aexit__(self, *_: object) -> None:
+            left.append(True)
+
+    async with whitepool.open_pool(Both, pool_size=1) as session, session.worker() as worker:
+        assert worker == "worker"
+    assert left == [True]
+
+
+@asynccontextmanager
+async def nothing() -> Any:
+    yield None
+
+
+async def test_none_is_a_worker_too() -> None:
+    """The pool knows nothing of what it pools."""
+    async with whitepool.open_pool(nothing, pool_size=1) as session:
+        resource = await session.block_checkout()
+        assert resource.get() is None
+        session.checkin(resource)

@@ -1,0 +1,270 @@
+"""Workers are started within bounds, replaced when they die, and let go when they are too many."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from workshop import Tool, Workshop, check_books
+
+import whitepool
+
+Session = whitepool.Session[Tool]
+
+
+async def hold(session: Session, seconds: float, done: list[float] | None = None) -> None:
+    async with session.worker(timeout=math.inf):
+        await trio.sleep(seconds)
+    if done is not None:
+        done.append(trio.current_time())
+
+
+async def test_the_bounds_hold(autojump_clock: trio.testing.MockClock) -> None:
+    """Workers alive, starting or closing never exceed pool_size + max_overflow. (Rule 1.)"""
+    shop = Workshop()
+
+    async def slowly(_: Any) -> None:
+        await trio.sleep(0.5)
+
+    shop.before_open = shop.before_close = slowly
+    async with whitepool.open_pool(shop.make, pool_size=3, max_overflow=4, overflow_ttl=0) as session:
+
+        async def client(number: int) -> None:
+            for turn in range(10):
+                resource = await session.block_checkout(timeout=math.inf)
+                check_books(session.statistics())
+                await trio.sleep(0.1 * ((number + turn) % 4))
+                (session.destroyed if (number + turn) % 3 == 0 else session.checkin)(resource)
+                check_books(session.statistics())
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(client, number)
+        assert shop.most_alive == 7
+        await trio.sleep(60)
+        assert session.statistics().idle == 3
+
+
+async def test_overflow_lingers_and_is_dismissed(autojump_clock: trio.testing.MockClock) -> None:
+    """An overflow worker that nobody wants leaves after `overflow_ttl`."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=2, overflow_ttl=10) as session:
+        async with session.worker(), session.worker(), session.worker():
+            assert session.statistics().overflow == 2
+            assert session.statistics().state == "full"
+        await trio.sleep(9.9)
+        assert session.statistics().idle == 3
+        await trio.sleep(0.2)
+        now = session.statistics()
+        assert (now.idle, now.overflow, now.retired) == (1, 0, 2)
+
+
+async def test_overflow_in_use_stays(autojump_clock: trio.testing.MockClock) -> None:
+    """The ttl counts from the last use."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=0, max_overflow=1, overflow_ttl=10) as session:
+        for _ in range(5):
+            async with session.worker():
+                await trio.sleep(20)
+            await trio.sleep(9)
+        assert shop.attempts == 1
+
+
+async def test_overflow_that_leaves_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """With `overflow_ttl=0` it is dismissed when it is returned, as in poolboy."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1, overflow_ttl=0) as session:
+        async with session.worker(), session.worker():
+            pass
+        now = session.statistics()
+        assert (now.idle, now.retired) == (1, 1)
+
+
+async def test_overflow_that_never_leaves(autojump_clock: trio.testing.MockClock) -> None:
+    """With `overflow_ttl=inf` it stays."""
+    async with whitepool.open_pool(
+        Workshop().make, pool_size=0, max_overflow=1, overflow_ttl=math.inf
+    ) as session:
+        async with session.worker():
+            pass
+        await trio.sleep(1e6)
+        assert session.statistics().idle == 1
+
+
+async def test_a_hanging_start_blocks_nobody(autojump_clock: trio.testing.MockClock) -> None:
+    """A waiter is served by a returned worker while another is still being opened. (Rule 5.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1) as session:
+        shop.before_open = lambda _: trio.sleep_forever()
+        done: list[float] = []
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(hold, session, 1, done)
+        assert done == pytest.approx([1, 2, 3])
+
+
+async def test_a_start_that_hangs_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    """After `start_timeout`, and tried again. (Rule 5.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=0, max_overflow=1, start_timeout=3) as session:
+
+        async def hang_once(attempt: int) -> None:
+            if attempt == 1:
+                await trio.sleep_forever()
+
+        shop.before_open = hang_once
+        with pytest.raises(whitepool.CheckoutTimeout) as caught:
+            await session.block_checkout(timeout=2)
+        assert caught.value.__cause__ is None  # it has not failed yet
+        async with session.worker(timeout=10):
+            pass
+        assert session.statistics().start_failures == 1
+        assert 3 <= trio.current_time() < 3.1
+
+
+async def test_a_server_that_is_down_is_not_hammered(autojump_clock: trio.testing.MockClock) -> None:
+    """One start at a time, with pauses; and the pool survives. (Rule 5.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=5, max_overflow=5) as session:
+        up = False
+
+        async def down(_: int) -> None:
+            await trio.sleep(0.001)
+            if not up:
+                raise OSError("connection refused")
+
+        shop.before_open = down
+        for resource in [await session.block_checkout() for _ in range(5)]:
+            session.destroyed(resource)
+        await trio.sleep(1)
+        shop.attempts = shop.most_opening = 0
+        await trio.sleep(59)
+        # The pauses are drawn from between 0 and 0.8 s: 150 attempts are expected.
+        assert 100 < shop.attempts < 200
+        assert shop.most_opening == 1
+        with pytest.raises(whitepool.CheckoutTimeout) as caught:
+            await session.block_checkout()
+        assert isinstance(caught.value.__cause__, OSError)
+        up = True
+        await trio.sleep(1)
+        assert session.statistics().idle == 5
+        assert shop.most_opening == 4  # once one succeeded, all followed
+
+
+async def test_a_worker_that_crashes_while_idle_is_replaced() -> None:
+    """It is off the shelf before anyone is given it. (Rule 6.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.with_nursery, pool_size=2, max_overflow=0) as session:
+        first = shop.tools[0]
+        first.crash.set()
+        await trio.testing.wait_all_tasks_blocked()
+        now = session.statistics()
+        assert (now.idle, now.lost, now.started) == (2, 1, 3)
+        assert first.closed
+        async with session.worker() as one, session.worker() as other:
+            assert first not in (one, other)
+
+
+async def test_a_worker_that_crashes_while_it_is_out_is_replaced() -> None:
+    """At once; the client's checkin of the remains is in order. (Rule 6.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.with_nursery, pool_size=1, max_overflow=0) as session:
+        resource = await session.block_checkout()
+        resource.get().crash.set()
+        await trio.testing.wait_all_tasks_blocked()
+        now = session.statistics()
+        assert (now.idle, now.in_use, now.lost) == (1, 0, 1)
+        session.checkin(resource)
+        check_books(session.statistics())
+        assert session.statistics().lost == 1
+
+
+async def test_a_crash_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    """For the person on call."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.with_nursery, pool_size=1, name="mine"):
+        shop.tools[0].crash.set()
+        await trio.testing.wait_all_tasks_blocked()
+    (record,) = caplog.records
+    assert record.name == "whitepool"
+    assert record.message.startswith("worker_lost pool=mine reason=crashed")
+
+
+async def test_a_worker_with_a_nursery_lives_and_leaves_in_one_task() -> None:
+    """Its context manager is entered and left in the worker's host."""
+    tasks = []
+
+    class Nosy:
+        async def __aenter__(self) -> int:
+            tasks.append(trio.lowlevel.current_task())
+            return 7
+
+        async def __aexit__(self, *_: object) -> None:
+            tasks.append(trio.lowlevel.current_task())
+
+    async with whitepool.open_pool(Nosy, pool_size=1) as session, session.worker():
+        tasks.append(trio.lowlevel.current_task())
+    entered, client, left = tasks
+    assert entered is left
+    assert entered is not client
+
+
+async def test_a_worker_that_hangs_in_closing_is_abandoned(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After `close_timeout`; it is logged, and its place is taken by another."""
+    shop = Workshop()
+    shop.before_close = lambda _: trio.sleep_forever()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=0, close_timeout=2) as session:
+        session.destroyed(await session.block_checkout())
+        async with session.worker():
+            assert trio.current_time() == pytest.approx(2)
+        shop.before_close = Workshop().before_close
+    assert any(record.message.startswith("close_failed") for record in caplog.records)
+
+
+async def test_a_worker_that_fails_in_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """It is gone all the same."""
+    shop = Workshop()
+
+    async def fail(_: Tool) -> None:
+        raise OSError("already closed")
+
+    shop.before_close = fail
+    async with whitepool.open_pool(shop.make, pool_size=1, name="mine"):
+        pass
+    (record,) = caplog.records
+    assert record.message == "close_failed pool=mine error=already closed"
+
+
+async def test_room_taken_by_a_worker_being_closed_is_taken(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A connection that is still being closed is a connection to the server. (Rule 1.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=0) as session:
+        shop.before_close = lambda _: trio.sleep(1)
+        session.destroyed(await session.block_checkout())
+        async with session.worker():
+            assert trio.current_time() == pytest.approx(1)
+    assert shop.most_alive == 1
+
+
+async def test_the_pool_is_off_the_path_of_a_clean_return() -> None:
+    """Checkouts that find an idle worker wake no other task."""
+
+    class Counter(trio.abc.Instrument):
+        steps = 0
+
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            Counter.steps += 1
+
+    async with whitepool.open_pool(Workshop().make, pool_size=1) as session:
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(Counter())
+        for _ in range(100):
+            session.checkin(await session.block_checkout())
+        assert Counter.steps <= 101
