@@ -9,6 +9,7 @@ from ._errors import (
     PoolOverloaded,
     PoolStartError,
 )
+from ._hooks import Hooks, Reason
 from ._manager import WorkerManager
 from ._pool import Pool, open_pool
 from ._session import Resource, Session
@@ -16,6 +17,7 @@ from ._statistics import PoolStatistics
 
 __all__ = [
     "CheckoutTimeout",
+    "Hooks",
     "NotCheckedOut",
     "Pool",
     "PoolClosed",
@@ -24,6 +26,7 @@ __all__ = [
     "PoolOverloaded",
     "PoolStartError",
     "PoolStatistics",
+    "Reason",
     "Resource",
     "Session",
     "WorkerManager",
@@ -33,5 +36,5 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Public things say where they are imported from, not in which room they live.
-for _name in __all__:
+for _name in set(__all__) - {"Reason"}:
     globals()[_name].__module__ = __name__

@@ -23,13 +23,14 @@ class Backoff:
         """Why the last start failed; None once a start has succeeded."""
         self.retry_at = -math.inf
         """No start before this time."""
-        self._failures = 0
+        self.failures = 0
+        """Failures since the last success; those of starts that were under way together are one."""
         self._last_failure = -math.inf
 
     def succeeded(self) -> None:
         self.last_error = None
         self.retry_at = -math.inf
-        self._failures = 0
+        self.failures = 0
 
     def failed(self, error: Exception, *, begun: float, now: float) -> None:
         """Note that a start which began at the time `begun` has failed."""
@@ -38,6 +39,6 @@ class Backoff:
             return  # it was under way when another failed: the same wave, not a further refusal
         self._last_failure = now
         # The exponent is bounded too: 2.0 ** 1024 overflows, after a quarter of an hour.
-        bound = min(LONGEST, FIRST * 2.0 ** min(self._failures, 10))
-        self._failures += 1
+        bound = min(LONGEST, FIRST * 2.0 ** min(self.failures, 10))
+        self.failures += 1
         self.retry_at = now + random.uniform(0, bound)

@@ -14,7 +14,14 @@ from typing import Generic, TypeVar, cast
 
 import trio
 from outcome import Error, Value
-from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+from trio.lowlevel import (
+    Abort,
+    Task,
+    current_task,
+    enable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from ._worker import Worker
 
@@ -76,6 +83,7 @@ class Line(Generic[T]):
         del self.waiters[task]
         reschedule(task, Error(error))
 
+    @enable_ki_protection
     async def keep_time(self) -> None:
         """Send away those whose time is up. One task does it for all of them."""
         while True:

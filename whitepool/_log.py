@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import structlog
+import trio
 from structlog.typing import EventDict
 
 _standard_logger = logging.getLogger("whitepool")
@@ -28,3 +30,23 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     processors=[structlog.stdlib.filter_by_level, _to_standard_call],
     wrapper_class=structlog.stdlib.BoundLogger,
 )
+
+
+class Troubles:
+    """Tells of one kind of trouble, at most once a second: a dead server has a lot to say."""
+
+    def __init__(self, pool: str) -> None:
+        self._pool = pool
+        self._last = -math.inf
+        self._untold = 0
+
+    def tell(self, event: str, **keys: object) -> None:
+        now = trio.current_time()
+        if now - self._last < 1:
+            self._untold += 1
+            return
+        if self._untold:
+            keys["untold"] = self._untold
+        log.warning(event, pool=self._pool, **keys)
+        self._last = now
+        self._untold = 0

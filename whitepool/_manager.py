@@ -48,6 +48,24 @@ class WorkerManager(Generic[T]):
     async def reset(self, worker: T) -> None:
         """Make a returned worker as good as new. One that can't be reset raises, and is destroyed."""
 
+    async def check(self, worker: T) -> None:
+        """Ask an idle worker for a sign of life. One that has none raises, and is replaced."""
+
+    def fileno(self, worker: T) -> int | None:
+        """Return the file descriptor of the worker's connection to its peer, to be watched.
+
+        Default: what its own ``fileno()``, or that of its ``socket``, says. None: there is nothing
+        to watch.
+        """
+        for thing in (worker, getattr(worker, "socket", None)):
+            fileno = getattr(thing, "fileno", None)
+            if callable(fileno):
+                try:
+                    return int(fileno())
+                except (OSError, ValueError):
+                    return None  # it is none of the kind that has one
+        return None
+
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[T]:
         """Yield a worker, from `create` to `close`.

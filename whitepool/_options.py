@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, TypedDict
+
+from ._hooks import Hooks
 
 _generated = count(1)
 
@@ -21,12 +23,16 @@ class PoolOptions(TypedDict, total=False):
     name: str | None
     lazy: bool
     overflow_ttl: float
+    idle_timeout: float
+    max_lifetime: float
+    check_interval: float
     start_timeout: float
     reset_timeout: float
     close_timeout: float
     shutdown_timeout: float
     max_starting: int
     max_waiting: float
+    hooks: Hooks
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,16 @@ class Options:
     name: str | None = None
     lazy: bool = False
     overflow_ttl: float = 10.0
+    idle_timeout: float = math.inf
+    max_lifetime: float = math.inf
+    check_interval: float = 30.0
     start_timeout: float = 30.0
     reset_timeout: float = 5.0
     close_timeout: float = 5.0
     shutdown_timeout: float = 30.0
     max_starting: int = 4
     max_waiting: float = math.inf
+    hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
         check_count("pool_size", self.pool_size)
@@ -54,13 +64,16 @@ class Options:
             check_count("max_waiting", self.max_waiting)
         for option in ("overflow_ttl", "reset_timeout", "close_timeout", "shutdown_timeout"):
             check_seconds(option, getattr(self, option))
-        check_seconds("start_timeout", self.start_timeout, more_than_zero=True)
+        for option in ("start_timeout", "idle_timeout", "max_lifetime", "check_interval"):
+            check_seconds(option, getattr(self, option), more_than_zero=True)
         if not isinstance(self.lazy, bool):
             raise TypeError(f"lazy must be a bool, not {self.lazy!r}")
         if not isinstance(self.strategy, str):
             raise TypeError(f"strategy must be a str, not {self.strategy!r}")
         if self.strategy not in ("lifo", "fifo"):
             raise ValueError(f"strategy must be 'lifo' or 'fifo', not {self.strategy!r}")
+        if not isinstance(self.hooks, Hooks):
+            raise TypeError(f"hooks must be a whitepool.Hooks, not {self.hooks!r}")
         if self.name is None:
             object.__setattr__(self, "name", f"pool-{next(_generated)}")
         elif not isinstance(self.name, str):

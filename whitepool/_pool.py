@@ -42,15 +42,23 @@ class Pool(Generic[T]):
       lazy (bool): start workers at the first need instead of at opening. Default `False`.
       overflow_ttl (float): how long an idle overflow worker lingers before it is dismissed.
           Default 10; 0 dismisses it when it is returned, as poolboy does.
+      idle_timeout (float): an idle worker that was not used for this long is retired, and replaced
+          unless the pool is lazy. Default `math.inf`.
+      max_lifetime (float): a worker this old, less up to a tenth by chance, is retired once it is
+          idle. Its replacement is opened first, where there is room. Default `math.inf`.
+      check_interval (float): an idle worker is probed with `WorkerManager.check` this often.
+          Default 30; `math.inf`: never.
       start_timeout (float): how long opening the pool may take, retries included, before
           `PoolStartError`; and later, how long one attempt to start a worker may take. Default 30.
-      reset_timeout (float): how long one reset may take before the worker is destroyed. Default 5.
+      reset_timeout (float): how long one reset, or one probe, may take before the worker is
+          destroyed. Default 5.
       close_timeout (float): how long closing one worker may take before it is abandoned. Default 5.
       shutdown_timeout (float): how long `open_pool` waits for outstanding workers at a normal exit.
           Default 30.
       max_starting (int): workers being opened at once. Default 4.
       max_waiting (int): tasks allowed in line; one more gets `PoolOverloaded` at once.
           Default `math.inf`.
+      hooks (Hooks): functions to be called in the life of a worker. Default none.
     """
 
     def __init__(self, factory: Factory[T] | WorkerManager[T], **options: Unpack[PoolOptions]) -> None:

@@ -17,12 +17,16 @@ from trio.lowlevel import (
 )
 
 from ._errors import NotCheckedOut, PoolClosed, PoolFull, PoolOverloaded
+from ._hooks import call, call_now
 from ._options import check_seconds
 from ._statistics import PoolStatistics
 from ._supervisor import Supervisor
 from ._worker import Place, Worker
 
 T = TypeVar("T")
+
+LOOK_AGAIN_AFTER = 0.001
+"""Seconds. The event loop is that late, at least, in noticing what happened to an idle worker."""
 
 
 class Resource(Generic[T]):
@@ -62,6 +66,9 @@ class Session(Generic[T]):
         self._supervisor = supervisor
         self._line = supervisor.line
         self._counts = supervisor.counts
+        self._now = supervisor.now
+        self._before_acquire = supervisor.options.hooks.before_acquire
+        self._on_checkout = supervisor.options.hooks.on_checkout
         self._trio_token = trio.lowlevel.current_trio_token()
 
     @property
@@ -82,22 +89,25 @@ class Session(Generic[T]):
         `max_waiting` tasks are in line already, and `PoolClosed`.
         """
         check_seconds("timeout", timeout)
+        if self._before_acquire is not None:
+            await call(self._before_acquire)
         await checkpoint_if_cancelled()
         resource = self._take_idle()
         if resource is not None:
             await cancel_shielded_checkpoint()
-            return resource
-        supervisor = self._supervisor
-        if len(self._line.waiters) >= supervisor.options.max_waiting:
-            self._counts["overloads"] += 1
-            await cancel_shielded_checkpoint()
-            raise PoolOverloaded(
-                f"{self.name}: {supervisor.options.max_waiting} tasks are waiting already"
-            )
-        supervisor.one_is_lacking()
-        worker = await self._line.join(timeout)
-        self._counts["checkouts"] += 1
-        return Resource(self, worker)
+        else:
+            supervisor = self._supervisor
+            if len(self._line.waiters) >= supervisor.options.max_waiting:
+                self._counts["overloads"] += 1
+                await cancel_shielded_checkpoint()
+                raise PoolOverloaded(
+                    f"{self.name}: {supervisor.options.max_waiting} tasks are waiting already"
+                )
+            supervisor.one_is_lacking()
+            resource = self._receipt(await self._line.join(timeout))
+        if self._on_checkout is not None:
+            await self._tell_of_checkout(resource)
+        return resource
 
     @enable_ki_protection
     async def nonblock_checkout(self) -> Resource[T]:
@@ -107,41 +117,61 @@ class Session(Generic[T]):
         every worker is out and no further one may be started, `PoolStartError` where the new one
         could not be started, and `PoolClosed`.
         """
+        await call(self._before_acquire)
         await checkpoint_if_cancelled()
         resource = self._take_idle()
         if resource is not None:
             await cancel_shielded_checkpoint()
-            return resource
-        supervisor = self._supervisor
-        if not supervisor.may_start_one():
-            await cancel_shielded_checkpoint()
-            raise PoolFull(f"{self.name}: every worker is out, and no further one may be started")
-        supervisor.one_is_lacking()
-        task = trio.lowlevel.current_task()
-        self._line.not_queueing.add(task)
-        try:
-            worker = await self._line.join(math.inf)
-        finally:
-            self._line.not_queueing.discard(task)
-        self._counts["checkouts"] += 1
-        return Resource(self, worker)
+        else:
+            if not self._supervisor.may_start_one():
+                await cancel_shielded_checkpoint()
+                raise PoolFull(f"{self.name}: every worker is out, and no further one may be started")
+            self._supervisor.one_is_lacking()
+            task = trio.lowlevel.current_task()
+            self._line.not_queueing.add(task)
+            try:
+                resource = self._receipt(await self._line.join(math.inf))
+            finally:
+                self._line.not_queueing.discard(task)
+        await self._tell_of_checkout(resource)
+        return resource
 
     @enable_ki_protection
     def checkout_nowait(self) -> Resource[T]:
-        """Check out an idle worker, now. Raises `trio.WouldBlock` if none is idle, and `PoolClosed`."""
+        """Check out an idle worker, now. Raises `trio.WouldBlock` if none is idle, and `PoolClosed`.
+
+        Raises `TypeError` where a hook of the checkout is async: there is no time for it.
+        """
+        call_now("before_acquire", self._before_acquire)
         resource = self._take_idle()
         if resource is None:
             raise trio.WouldBlock
+        try:
+            call_now("on_checkout", self._on_checkout, resource.get())
+        except BaseException:
+            self.checkin(resource)
+            raise
         return resource
 
     def _take_idle(self) -> Resource[T] | None:
         if self._supervisor.draining:
             raise PoolClosed(f"{self.name} is shutting down, or has shut down")
-        if not self._line.idle:
-            return None
-        worker = self._line.take()
+        while self._line.idle:
+            worker = self._line.take()
+            if self._now() - worker.idle_since < LOOK_AGAIN_AFTER or self._supervisor.is_fit(worker):
+                return self._receipt(worker)
+        return None
+
+    def _receipt(self, worker: Worker[T]) -> Resource[T]:
         self._counts["checkouts"] += 1
         return Resource(self, worker)
+
+    async def _tell_of_checkout(self, resource: Resource[T]) -> None:
+        try:
+            await call(self._on_checkout, resource.get())
+        except BaseException:
+            self.checkin(resource)
+            raise
 
     @enable_ki_protection
     def checkin(self, resource: Resource[T]) -> None:

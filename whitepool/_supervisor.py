@@ -11,32 +11,27 @@ from trio.lowlevel import enable_ki_protection
 
 from ._backoff import Backoff
 from ._errors import CheckoutTimeout, PoolClosed, PoolStartError
+from ._hooks import COUNTED_AS, Reason
 from ._line import Line
-from ._log import log
+from ._log import Troubles, log
 from ._manager import WorkerManager
 from ._options import Options
 from ._statistics import PoolState, PoolStatistics
-from ._worker import Place, Reason, Worker
+from ._watch import HangupWatch
+from ._worker import Place, Worker
 
 T = TypeVar("T")
 
-COUNTED_AS: dict[Reason, str] = {
-    "overflow": "retired",
-    "shutdown": "retired",
-    "crashed": "lost",
-    "dead": "lost",
-    "destroyed": "destroyed",
-    "reset_failed": "destroyed",
-    "leaked": "leaked",
-}
+SOON = 0.05
+"""Seconds after which work that could not be done yet is looked at again."""
 
 
 class Supervisor(Generic[T]):
     """Owns the workers of one pool.
 
     It is off the hot path: a clean return, and a checkout that finds an idle worker, touch only the
-    line. Workers that become ready for a reason of their own (new, reset) come in through a memory
-    channel; so does the news that somebody lacks one.
+    line. Workers that become ready for a reason of their own (new, reset, probed) come in through a
+    memory channel; so does the news that somebody lacks one.
     """
 
     def __init__(self, manager: WorkerManager[T], options: Options) -> None:
@@ -46,25 +41,34 @@ class Supervisor(Generic[T]):
         self.counts: Counter[str] = Counter()
         self.draining = False
         self.closed = trio.Event()
+        self.now = trio.lowlevel.current_clock().current_time
         self._manager = manager
         self._limit = options.pool_size + options.max_overflow
+        # Whether each returned worker passes through its host, because a hook has to run there.
+        self._hooks_on_return = (
+            options.hooks.on_checkin is not None or options.hooks.after_release is not None
+        )
         # Every worker that takes a place: starting, alive, and being closed. A connection that is
         # still being closed is a connection to the server.
         self._workers: set[Worker[T]] = set()
         self._starting = 0
         self._alive = 0
         self._in_host = 0
+        # Alive and well, but to be replaced: too old, or idle for too long.
+        self._expired: set[Worker[T]] = set()
+        self._watch: HangupWatch[Worker[T]] = HangupWatch()
         self._backoff = Backoff()
         self._opened = trio.Event()
         self._final_error: PoolStartError | None = None
+        self._troubles = Troubles(self.name)
         self._news = False
         # Workers that are ready, or None: look around.
         self._inbox, self._outbox = trio.open_memory_channel[Worker[T] | None](math.inf)
         self._nursery: trio.Nursery
 
-    # -- What others ask of it. All of it is plain functions: nothing here can be cancelled. ---------
+    # -- What sessions ask of it. All of it is plain functions: nothing here can be cancelled. --------
 
-    def admit(self, worker: Worker[T]) -> None:
+    def admit(self, worker: Worker[T], *, unused: bool = False) -> None:
         """Give a worker that is ready to the longest-waiting task, else to the shelf."""
         if self.line.waiters:
             self.line.serve(worker)
@@ -72,25 +76,29 @@ class Supervisor(Generic[T]):
             self.dismiss(worker, "shutdown")
         elif self.options.overflow_ttl == 0 and self._alive > self.options.pool_size:
             self.dismiss(worker, "overflow")
+        elif unused:
+            self.line.idle.appendleft(worker)  # it was only probed: it stays as idle as it was
         else:
-            worker.idle_since = trio.current_time()
+            worker.idle_since = self.now()
             self.line.idle.append(worker)
 
     def take_back(self, worker: Worker[T]) -> None:
         """Receive a worker from a client, whatever its state."""
-        if worker.condemned is not None:
-            return  # it crashed, or the pool closed it, while it was out
+        if worker.condemned is not None and self._has_to_leave(worker):
+            return
         try:
             if worker.is_alive is not None and not worker.is_alive(worker.obj):
                 self.dismiss(worker, "dead")
-            elif worker.needs_reset is not None and worker.needs_reset(worker.obj):
+            elif self._hooks_on_return or (
+                worker.needs_reset is not None and worker.needs_reset(worker.obj)
+            ):
                 worker.place = Place.HOST
                 self._in_host += 1
-                worker.reset()
+                worker.clean()
             else:
                 self.admit(worker)
         except Exception as error:  # a manager's; the client is not to blame
-            log.error("manager_failed", pool=self.name, error=str(error))
+            self._troubles.tell("manager_failed", error=str(error))
             self.dismiss(worker, "dead")
 
     def dismiss(self, worker: Worker[T], reason: Reason) -> None:
@@ -101,7 +109,11 @@ class Supervisor(Generic[T]):
         if opened:
             self._alive -= 1
             self._in_host -= worker.place is Place.HOST
+            self._expired.discard(worker)
+            self._watch.remove(worker.fileno, worker)
             self.counts[COUNTED_AS[reason]] += 1
+            if COUNTED_AS[reason] == "lost" and reason != "crashed":  # that one is told by `gone`
+                self._troubles.tell("worker_lost", reason=reason)
         else:
             self._starting -= 1
         worker.place = Place.LEAVING
@@ -114,6 +126,20 @@ class Supervisor(Generic[T]):
         if worker.place is Place.OUT:
             log.warning("worker_leaked", pool=self.name, checked_out_at=checked_out_at)
             self.dismiss(worker, "leaked")
+
+    def is_fit(self, worker: Worker[T]) -> bool:
+        """Look once more at a worker that has lain idle, before it is handed out.
+
+        It is off the shelf already. It may have died without the event loop's noticing yet.
+        """
+        self._notice_hangups()
+        if worker.condemned == "hung_up":
+            self.dismiss(worker, "hung_up")
+            return False
+        if worker.is_alive is not None and not worker.is_alive(worker.obj):
+            self.dismiss(worker, "dead")
+            return False
+        return True
 
     def may_start_one(self) -> bool:
         """Say whether one more waiter could get a worker of its own, now or once it is open."""
@@ -159,7 +185,7 @@ class Supervisor(Generic[T]):
             ) from self._backoff.last_error
 
     def statistics(self) -> PoolStatistics:
-        idle = len(self.line.idle)
+        idle, counts = len(self.line.idle), self.counts
         state: PoolState
         if self.closed.is_set():
             state = "closed"
@@ -180,18 +206,18 @@ class Supervisor(Generic[T]):
             starting=self._starting,
             resetting=self._in_host,
             waiting=len(self.line.waiters),
-            checkouts=self.counts["checkouts"],
-            timeouts=self.counts["timeouts"],
-            overloads=self.counts["overloads"],
-            started=self.counts["started"],
-            start_failures=self.counts["start_failures"],
-            retired=self.counts["retired"],
-            lost=self.counts["lost"],
-            destroyed=self.counts["destroyed"],
-            leaked=self.counts["leaked"],
+            checkouts=counts["checkouts"],
+            timeouts=counts["timeouts"],
+            overloads=counts["overloads"],
+            started=counts["started"],
+            start_failures=counts["start_failures"],
+            retired=counts["retired"],
+            lost=counts["lost"],
+            destroyed=counts["destroyed"],
+            leaked=counts["leaked"],
         )
 
-    # -- What hosts tell it -------------------------------------------------------------------------
+    # -- What hosts tell it --------------------------------------------------------------------------
 
     def started(self, worker: Worker[T]) -> None:
         worker.place = Place.HOST
@@ -199,14 +225,17 @@ class Supervisor(Generic[T]):
         self._alive += 1
         self._in_host += 1
         self.counts["started"] += 1
+        self._watch.add(worker.fileno, worker)
+        if self._backoff.last_error is not None:
+            log.warning("start_recovered", pool=self.name, failures=self._backoff.failures)
         self._backoff.succeeded()
 
     def start_failed(self, worker: Worker[T], error: Exception, begun: float) -> None:
         worker.place = Place.LEAVING
         self._starting -= 1
         self.counts["start_failures"] += 1
-        self._backoff.failed(error, begun=begun, now=trio.current_time())
-        log.warning("start_failed", pool=self.name, error=str(error))
+        self._backoff.failed(error, begun=begun, now=self.now())
+        self._troubles.tell("start_failed", error=str(error))
         if isinstance(error, PoolStartError) and not self._opened.is_set():
             self._final_error = error
             self._opened.set()
@@ -219,10 +248,14 @@ class Supervisor(Generic[T]):
     def ready(self, worker: Worker[T]) -> None:
         self._inbox.send_nowait(worker)
 
-    def host_work_failed(self, worker: Worker[T], error: Exception) -> None:
+    def host_work_failed(self, worker: Worker[T], reason: Reason, error: Exception) -> None:
         if worker.place is not Place.LEAVING:
-            log.warning("reset_failed", pool=self.name, error=str(error))
-            self.dismiss(worker, "reset_failed")
+            if COUNTED_AS[reason] != "lost":
+                self._troubles.tell(reason, error=str(error))
+            self.dismiss(worker, reason)
+
+    def hook_failed(self, hook: str, error: Exception) -> None:
+        self._troubles.tell("hook_failed", hook=hook, error=str(error))
 
     def left(self, worker: Worker[T]) -> None:
         """The worker is about to be closed; where nobody asked for that, it has died."""
@@ -233,13 +266,13 @@ class Supervisor(Generic[T]):
 
     def gone(self, worker: Worker[T], error: Exception | None) -> None:
         if worker.condemned == "crashed":
-            log.warning("worker_lost", pool=self.name, reason="crashed", error=str(error))
+            self._troubles.tell("worker_lost", reason="crashed", error=str(error))
         elif worker.condemned is not None and error is not None:
-            log.warning("close_failed", pool=self.name, error=str(error))
+            self._troubles.tell("close_failed", error=str(error))
         self._workers.remove(worker)
         self.look_around()
 
-    # -- Its own task -------------------------------------------------------------------------------
+    # -- Its own tasks -------------------------------------------------------------------------------
 
     @enable_ki_protection
     async def run(self) -> None:
@@ -248,8 +281,8 @@ class Supervisor(Generic[T]):
             with trio.CancelScope(shield=True):
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self.line.keep_time)
-                    if self.options.overflow_ttl > 0:
-                        self._nursery.start_soon(self._dismiss_overflow)
+                    self._nursery.start_soon(self._keep_watch)
+                    self._nursery.start_soon(self._keep_house)
                     try:
                         await self._supervise()
                     finally:
@@ -257,6 +290,7 @@ class Supervisor(Generic[T]):
                         self.close_now()
                     self._nursery.cancel_scope.cancel()
         finally:
+            self._watch.close()
             self.closed.set()
 
     async def _supervise(self) -> None:
@@ -267,7 +301,10 @@ class Supervisor(Generic[T]):
             elif worker.place is Place.HOST:
                 worker.place = Place.OUT
                 self._in_host -= 1
-                self.admit(worker)
+                probed, worker.probing = worker.probing, False
+                if worker.condemned is None or not self._has_to_leave(worker):
+                    self.admit(worker, unused=probed)
+            self._retire_expired()
             self._balance()
             if self.draining and not self._workers and not self.line.waiters:
                 break
@@ -280,34 +317,136 @@ class Supervisor(Generic[T]):
             for worker in [w for w in self._workers if w.place is Place.STARTING][waiting:]:
                 self.dismiss(worker, "shutdown")
         elif not options.lazy:
-            missing = max(missing, options.pool_size - self._alive - self._starting)
+            fresh = self._alive - len(self._expired)
+            missing = max(missing, options.pool_size - fresh - self._starting)
         room = self._limit - len(self._workers)
         # A server that refused is tried by one at a time, after a pause; then all follow.
         at_once = options.max_starting if self._backoff.last_error is None else 1
-        if trio.current_time() < self._backoff.retry_at:
+        if self.now() < self._backoff.retry_at:
             at_once = 0
         for _ in range(min(missing, room, at_once - self._starting)):
             worker = Worker(self, self._manager, options)
             self._workers.add(worker)
             self._starting += 1
             self._nursery.start_soon(worker.live)
-        if self._alive - self._in_host >= options.pool_size or options.lazy:
+        if options.lazy or self._alive - self._in_host >= options.pool_size:
             self._opened.set()
 
+    @enable_ki_protection
     async def _look_around_at(self, time: float) -> None:
         await trio.sleep_until(time)
         self.look_around()
 
-    async def _dismiss_overflow(self) -> None:
-        """Let idle workers beyond `pool_size` go once nobody has wanted them for `overflow_ttl`."""
-        ttl, idle = self.options.overflow_ttl, self.line.idle
+    @enable_ki_protection
+    async def _keep_watch(self) -> None:
+        """Replace workers whose peers hang up, before anybody is given them."""
         while True:
-            now = trio.current_time()
-            while idle and self._alive > self.options.pool_size and idle[0].idle_since + ttl <= now:
-                self.dismiss(idle.popleft(), "overflow")
-            # Whatever is put on the shelf from now on can't be due before this sleep ends.
-            oldest = idle[0].idle_since if idle and self._alive > self.options.pool_size else now
-            await trio.sleep_until(oldest + ttl)
+            await self._watch.wait()
+            self._notice_hangups()
+
+    def _notice_hangups(self) -> None:
+        for worker in self._watch.hung_up():
+            worker.condemned = "hung_up"
+            self._expired.discard(worker)
+            if worker in self.line.idle:
+                self.line.idle.remove(worker)
+                self.dismiss(worker, "hung_up")
+            # Else its client, or its host, brings it back.
+
+    def _has_to_leave(self, worker: Worker[T]) -> bool:
+        """Dismiss a condemned worker that has come back, unless it still has to stand in."""
+        assert worker.condemned is not None
+        if worker in self._expired and not self._may_retire():
+            return False
+        self.dismiss(worker, worker.condemned)  # does nothing where it crashed, or was closed
+        return True
+
+    @enable_ki_protection
+    async def _keep_house(self) -> None:
+        """Retire what is too old, too idle or too many, and probe the rest."""
+        options = self.options
+        # Whatever goes on the shelf while this sleeps can't be due before the shortest of these.
+        periods = (options.idle_timeout, options.max_lifetime, options.check_interval)
+        shortest = 0.9 * min(*periods, options.overflow_ttl or math.inf)
+        while True:
+            now = self.now()
+            due = min(self._dismiss_overflow(now), self._expire(now), self._probe(now))
+            await trio.sleep_until(min(due, now + shortest))
+
+    def _dismiss_overflow(self, now: float) -> float:
+        """Let workers beyond `pool_size` go, idle for `overflow_ttl`; say when to look again."""
+        idle, ttl = self.line.idle, self.options.overflow_ttl
+        while idle and self._alive > self.options.pool_size:
+            due = idle[0].idle_since + ttl
+            if due > now:
+                return due
+            self.dismiss(idle.popleft(), "overflow")
+        return math.inf
+
+    def _expire(self, now: float) -> float:
+        """Note which workers are too old, or were idle too long; say when to look again."""
+        due = math.inf
+        for worker in self._workers - self._expired:
+            if worker.place in (Place.HOST, Place.OUT) and worker.condemned is None:
+                due = min(due, worker.expires)
+                if worker.expires <= now:
+                    self._condemn(worker, "lifetime")
+        for worker in self.line.idle:
+            if worker.condemned is None:
+                bored = worker.idle_since + self.options.idle_timeout * worker.jitter
+                due = min(due, bored)
+                if bored <= now:
+                    self._condemn(worker, "idle")
+        return due
+
+    def _condemn(self, worker: Worker[T], reason: Reason) -> None:
+        worker.condemned = reason
+        self._expired.add(worker)
+        self.look_around()
+
+    def _retire_expired(self) -> None:
+        """Let expired workers go that are idle, once there are others in their place."""
+        for worker in [worker for worker in self.line.idle if worker in self._expired]:
+            if self._may_retire() and worker.condemned is not None:
+                self.line.idle.remove(worker)
+                self.dismiss(worker, worker.condemned)
+
+    def _may_retire(self) -> bool:
+        """Say whether an expired worker may go."""
+        options = self.options
+        if options.lazy or self._alive - len(self._expired) >= options.pool_size:
+            return True
+        # Without room for the new one first, the old one must make it: a few at a time, and not
+        # while the server takes no new ones.
+        leaving_or_starting = len(self._workers) - self._alive
+        return (
+            len(self._workers) >= self._limit
+            and leaving_or_starting < options.max_starting
+            and self._backoff.last_error is None
+        )
+
+    def _probe(self, now: float) -> float:
+        """Have idle workers probed that have given no sign of life lately; say when to look again.
+
+        At most half of those that are idle at a time: probing delays nobody whom another could serve.
+        """
+        due = math.inf
+        idle, interval = self.line.idle, self.options.check_interval
+        probing = sum(worker.probing and worker.place is Place.HOST for worker in self._workers)
+        most = max(1, (len(idle) + probing) // 2)
+        for worker in list(idle):
+            if not worker.can_be_checked or worker.condemned is not None or self.draining:
+                continue
+            at = max(worker.idle_since, worker.probed) + interval * worker.jitter
+            if at <= now and probing < most:
+                idle.remove(worker)
+                worker.place = Place.HOST
+                self._in_host += 1
+                worker.probe()
+                probing += 1
+            else:
+                due = min(due, max(at, now + SOON))
+        return due
 
     def _timed_out(self) -> CheckoutTimeout:
         """Make the error for a waiter whose time is up, while it is still known how things stood."""

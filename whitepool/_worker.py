@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import trio
 from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
 
+from ._hooks import Reason, call
 from ._manager import WorkerManager, manager_of
 from ._options import Options
 
 T = TypeVar("T")
-
-Reason = Literal["overflow", "shutdown", "crashed", "dead", "destroyed", "reset_failed", "leaked"]
-"""Why a worker leaves the pool."""
 
 
 class Place(Enum):
     """Where a worker is."""
 
     STARTING = "being opened by its host"
-    HOST = "in the care of its host: just opened, or being reset"
+    HOST = "in the care of its host: just opened, being reset, or probed"
     OUT = "on the shelf, or with a client"
     LEAVING = "being closed by its host"
 
@@ -34,7 +33,8 @@ class Owner(Protocol[T]):
     def started(self, worker: Worker[T]) -> None: ...
     def start_failed(self, worker: Worker[T], error: Exception, begun: float) -> None: ...
     def ready(self, worker: Worker[T]) -> None: ...
-    def host_work_failed(self, worker: Worker[T], error: Exception) -> None: ...
+    def host_work_failed(self, worker: Worker[T], reason: Reason, error: Exception) -> None: ...
+    def hook_failed(self, hook: str, error: Exception) -> None: ...
     def left(self, worker: Worker[T]) -> None: ...
     def gone(self, worker: Worker[T], error: Exception | None) -> None: ...
 
@@ -50,12 +50,18 @@ class Worker(Generic[T]):
         "_manager",
         "_options",
         "_owner",
+        "can_be_checked",
         "condemned",
+        "expires",
+        "fileno",
         "idle_since",
         "is_alive",
+        "jitter",
         "needs_reset",
         "obj",
         "place",
+        "probed",
+        "probing",
     )
 
     obj: T
@@ -64,31 +70,49 @@ class Worker(Generic[T]):
     def __init__(self, owner: Owner[T], manager: WorkerManager[T], options: Options) -> None:
         self.place = Place.STARTING
         self.condemned: Reason | None = None
-        """Why it must not be given to anybody any more."""
+        """Why it has to leave."""
+        # Between 0.9 and 1: workers that were opened together don't reconnect together.
+        self.jitter = random.uniform(0.9, 1)
+        self.expires = math.inf
         self.idle_since = -math.inf
+        self.probed = -math.inf
+        """When it last gave a sign of life to its host."""
+        self.probing = False
+        self.fileno: int | None = None
         # A manager that leaves a question to its default is not asked: None.
         self.is_alive: Callable[[T], bool] | None = None
         self.needs_reset: Callable[[T], bool] | None = None
+        self.can_be_checked = False
         self._owner = owner
         self._manager = manager
         self._options = options
         self._life = trio.CancelScope()
         self._activity = trio.CancelScope()
-        self._job: Callable[[T], Awaitable[None]] | None = None
+        self._job: Callable[[], Awaitable[None]] | None = None
         self._bell = ParkingLot()
 
-    def reset(self) -> None:
-        """Have the host make the worker clean, and hand it to the supervisor when it is."""
-        self._job = self._manager.reset
+    # -- What the supervisor asks of the host ------------------------------------------------------
+
+    def clean(self) -> None:
+        """Have the worker made ready for its next client."""
+        self._job = self._clean
+        self._bell.unpark()
+
+    def probe(self) -> None:
+        """Have the worker asked for a sign of life."""
+        self.probing = True
+        self._job = self._probe
         self._bell.unpark()
 
     def leave(self, opened: bool) -> None:
-        """Have the host close the worker, or give up opening it (its `place` is LEAVING)."""
+        """Have the worker closed, or give up opening it (its `place` is LEAVING)."""
         if opened:
             self._activity.cancel()
             self._bell.unpark()
         else:
             self._life.cancel()
+
+    # -- The host ----------------------------------------------------------------------------------
 
     # A Ctrl-C belongs to the main task, not to whichever host happens to run.
     @enable_ki_protection
@@ -107,6 +131,7 @@ class Worker(Generic[T]):
         with self._life:
             try:
                 async with self._manager.lifespan() as self.obj:
+                    await call(options.hooks.on_create, self.obj)
                     await checkpoint_if_cancelled()  # too late is too late
                     self._life.deadline = math.inf
                     self._learn_manners()
@@ -119,9 +144,11 @@ class Worker(Generic[T]):
                         self._life.deadline = trio.current_time() + options.close_timeout
             except Exception as error:
                 failure = error
-        if opened and self._life.cancelled_caught:
-            failure = failure or trio.TooSlowError(f"not closed within {options.close_timeout} s")
-        if self.place is Place.STARTING:
+        if opened:
+            if self._life.cancelled_caught:
+                failure = trio.TooSlowError(f"not closed within {options.close_timeout} s")
+            await self._call_quietly("on_destroy", options.close_timeout, self.condemned)
+        elif self.place is Place.STARTING:
             too_slow = trio.TooSlowError(f"not open within {options.start_timeout} s")
             owner.start_failed(self, failure or too_slow, begun)
         owner.gone(self, failure)
@@ -134,17 +161,49 @@ class Worker(Generic[T]):
                 await self._bell.park()
                 continue
             job, self._job = self._job, None
-            timeout = self._options.reset_timeout
-            self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
-            try:
-                with self._activity:
-                    await job(self.obj)
-                if self._activity.cancelled_caught:
-                    raise trio.TooSlowError(f"not reset within {timeout} s")
-            except Exception as error:
-                self._owner.host_work_failed(self, error)
-            else:
-                self._owner.ready(self)
+            await job()
+
+    async def _clean(self) -> None:
+        hooks = self._options.hooks
+        if hooks.on_checkin is not None and not await self._attempt(
+            "hook_failed", lambda: call(hooks.on_checkin, self.obj)
+        ):
+            return
+        # Asked only now: the hook may have left something to clean.
+        if (
+            self.needs_reset is not None
+            and self.needs_reset(self.obj)
+            and not await self._attempt("reset_failed", lambda: self._manager.reset(self.obj))
+        ):
+            return
+        self._owner.ready(self)
+        await self._call_quietly("after_release", self._options.reset_timeout)
+
+    async def _probe(self) -> None:
+        if await self._attempt("check_failed", lambda: self._manager.check(self.obj)):
+            self.probed = trio.current_time()
+            self._owner.ready(self)
+
+    async def _attempt(self, reason: Reason, job: Callable[[], Awaitable[None]]) -> bool:
+        """Do something to the worker within `reset_timeout`; failing that, it has to leave."""
+        timeout = self._options.reset_timeout
+        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
+        try:
+            with self._activity:
+                await job()
+                return True
+            raise trio.TooSlowError(f"not done within {timeout} s")
+        except Exception as error:
+            self._owner.host_work_failed(self, reason, error)
+        return False
+
+    async def _call_quietly(self, hook: str, timeout: float, *arguments: object) -> None:
+        """Call a hook that can't change anything any more."""
+        try:
+            with trio.CancelScope(deadline=trio.current_time() + timeout, shield=True):
+                await call(getattr(self._options.hooks, hook), *arguments)
+        except Exception as error:
+            self._owner.hook_failed(hook, error)
 
     def _learn_manners(self) -> None:
         """Look up, once, what there is to ask when the worker changes hands."""
@@ -154,3 +213,8 @@ class Worker(Generic[T]):
             self.is_alive = manager.is_alive
         if kind.needs_reset is not WorkerManager.needs_reset:
             self.needs_reset = manager.needs_reset
+        self.can_be_checked = kind.check is not WorkerManager.check
+        self.fileno = manager.fileno(self.obj)
+        now = trio.current_time()
+        self.probed = now
+        self.expires = now + self._options.max_lifetime * self.jitter

@@ -8,12 +8,14 @@ from typing import Any
 
 import psycopg
 from psycopg import pq
+from psycopg.generators import execute
 
 from .._manager import WorkerManager
 from .._options import PoolOptions
 from .._pool import Pool
 from .._session import Session
 from ._connection import TrioConnection
+from ._waiting import drive
 
 Connection = TrioConnection[Any]
 
@@ -40,6 +42,12 @@ class ConnectionManager(WorkerManager[Connection]):
     async def reset(self, worker: Connection) -> None:
         """Roll back."""
         await worker.rollback()
+
+    async def check(self, worker: Connection) -> None:
+        """Send an empty query, outside any transaction, and wait for the answer."""
+        worker.pgconn.send_query(b"")
+        # Not through the connection: where there is no answer, there is no query to cancel either.
+        await drive(execute(worker.pgconn), worker.pgconn.socket)
 
 
 class PostgresManager(ConnectionManager):

@@ -1,0 +1,101 @@
+"""Where an application may look in on the life of its workers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Union
+
+Reason = Literal[
+    "overflow",
+    "idle",
+    "lifetime",
+    "shutdown",
+    "crashed",
+    "hung_up",
+    "check_failed",
+    "dead",
+    "destroyed",
+    "reset_failed",
+    "hook_failed",
+    "leaked",
+]
+"""Why a worker left. Retired in good health: ``"overflow"`` (beyond `pool_size`, and nobody wanted
+it), ``"idle"``, ``"lifetime"``, ``"shutdown"``. Lost: ``"crashed"`` (a background task of it),
+``"hung_up"`` (its peer did), ``"check_failed"``, ``"dead"`` (`WorkerManager.is_alive` said so).
+Destroyed: ``"destroyed"`` (by a client), ``"reset_failed"``, ``"hook_failed"``. And ``"leaked"``."""
+
+COUNTED_AS: dict[Reason, str] = {
+    "overflow": "retired",
+    "idle": "retired",
+    "lifetime": "retired",
+    "shutdown": "retired",
+    "crashed": "lost",
+    "hung_up": "lost",
+    "check_failed": "lost",
+    "dead": "lost",
+    "destroyed": "destroyed",
+    "reset_failed": "destroyed",
+    "hook_failed": "destroyed",
+    "leaked": "leaked",
+}
+"""The statistic in which a departure is counted."""
+
+Hook = Union[Callable[..., None], Callable[..., Awaitable[None]]]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Functions that the pool calls in the life of a worker, each plain or async.
+
+    Those of the caller run in the task that checks out. The others run in the worker's host, and
+    take part in its timeouts.
+    """
+
+    on_create: Hook | None = None
+    """Called with each new worker, in its host. One that raises makes it a failed start."""
+
+    before_acquire: Hook | None = None
+    """Called without arguments before each checkout, in the caller's task. One that raises, raises
+    to the caller, who gets no worker."""
+
+    on_checkout: Hook | None = None
+    """Called with the worker after each checkout, in the caller's task. One that raises, or is
+    cancelled, returns the worker to the pool, and raises to the caller."""
+
+    on_checkin: Hook | None = None
+    """Called with each returned worker, in its host, before it is reset; within `reset_timeout`.
+    One that raises destroys the worker."""
+
+    after_release: Hook | None = None
+    """Called without arguments when a returned worker may be used again, in its host, within
+    `reset_timeout`. One that raises is logged."""
+
+    on_destroy: Hook | None = None
+    """Called with the `Reason` when a worker has been closed, in its host, within `close_timeout`.
+    One that raises is logged."""
+
+    def __post_init__(self) -> None:
+        for hook in fields(self):
+            value = getattr(self, hook.name)
+            if value is not None and not callable(value):
+                raise TypeError(f"hooks.{hook.name} must be callable, not {value!r}")
+
+
+async def call(hook: Hook | None, *arguments: Any) -> None:
+    """Call a hook, if there is one, and wait for it, if it is async."""
+    if hook is not None:
+        result = hook(*arguments)
+        if inspect.isawaitable(result):
+            await result
+
+
+def call_now(name: str, hook: Hook | None, *arguments: Any) -> None:
+    """Call a hook, if there is one, where it can't be waited for."""
+    if hook is not None:
+        result = hook(*arguments)
+        if inspect.iscoroutine(result):
+            result.close()
+        if inspect.isawaitable(result):
+            raise TypeError(f"checkout_nowait can't wait for the async hook {name}")
