@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import trio
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import ExceptionGroup
 
 
 class PoolError(Exception):
@@ -40,3 +45,10 @@ class CheckoutTimeout(PoolError, trio.TooSlowError):
 
 class PoolOverloaded(CheckoutTimeout):
     """A `CheckoutTimeout` that comes early: waiting longer would not have helped."""
+
+
+def unwrapped(error: Exception) -> Exception:
+    """Take off the groups that nurseries put around a single error: they hide what it says."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

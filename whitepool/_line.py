@@ -78,6 +78,11 @@ class Line(Generic[T]):
         task, _ = self.waiters.popitem(last=False)
         reschedule(task, Value(worker))
 
+    def put_back(self, worker: Worker[T]) -> None:
+        """Return a worker that was not used to its old place on the shelf."""
+        used_later = sum(other.idle_since > worker.idle_since for other in self.idle)
+        self.idle.insert(len(self.idle) - used_later, worker)
+
     def fail(self, task: Task, error: Exception) -> None:
         """Send a waiting task away."""
         del self.waiters[task]

@@ -77,7 +77,7 @@ class Supervisor(Generic[T]):
         elif self.options.overflow_ttl == 0 and self._alive > self.options.pool_size:
             self.dismiss(worker, "overflow")
         elif unused:
-            self.line.idle.appendleft(worker)  # it was only probed: it stays as idle as it was
+            self.line.put_back(worker)
         else:
             worker.idle_since = self.now()
             self.line.idle.append(worker)
@@ -416,14 +416,9 @@ class Supervisor(Generic[T]):
         options = self.options
         if options.lazy or self._alive - len(self._expired) >= options.pool_size:
             return True
-        # Without room for the new one first, the old one must make it: a few at a time, and not
-        # while the server takes no new ones.
-        leaving_or_starting = len(self._workers) - self._alive
-        return (
-            len(self._workers) >= self._limit
-            and leaving_or_starting < options.max_starting
-            and self._backoff.last_error is None
-        )
+        # Without room for a new one first, an old one must make it: one at a time, and not while the
+        # server takes no new ones.
+        return self._alive == len(self._workers) >= self._limit and self._backoff.last_error is None
 
     def _probe(self, now: float) -> float:
         """Have idle workers probed that have given no sign of life lately; say when to look again.

@@ -11,6 +11,7 @@ from typing import Generic, Protocol, TypeVar
 import trio
 from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
 
+from ._errors import unwrapped
 from ._hooks import Reason, call
 from ._manager import WorkerManager, manager_of
 from ._options import Options
@@ -143,7 +144,7 @@ class Worker(Generic[T]):
                         owner.left(self)
                         self._life.deadline = trio.current_time() + options.close_timeout
             except Exception as error:
-                failure = error
+                failure = unwrapped(error)
         if opened:
             if self._life.cancelled_caught:
                 failure = trio.TooSlowError(f"not closed within {options.close_timeout} s")

@@ -1,0 +1,283 @@
+"""Idle workers are probed; old, bored and superfluous ones are retired, and never all at once."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from workshop import Manager, Tool, Workshop, check_books
+
+import whitepool
+
+Clock = trio.testing.MockClock
+
+
+class Checked(Manager):
+    """A manager whose workers can be probed."""
+
+    def __init__(self, shop: Workshop) -> None:
+        super().__init__(shop)
+        self.probes: list[tuple[float, Tool]] = []
+        self.probing = 0
+        self.most_probing = 0
+        self.silent: set[Tool] = set()
+        self.takes: float = 0
+
+    async def check(self, worker: Tool) -> None:
+        self.probes.append((trio.current_time(), worker))
+        self.probing += 1
+        self.most_probing = max(self.probing, self.most_probing)
+        try:
+            await trio.sleep(math.inf if worker in self.silent else self.takes)
+        finally:
+            self.probing -= 1
+
+
+async def test_idle_workers_are_probed(autojump_clock: Clock) -> None:
+    """Each of them every `check_interval`, less up to a tenth by chance. (Rule 6.)"""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=3, check_interval=30) as session:
+        await trio.sleep(305)
+        assert 30 <= len(manager.probes) <= 33
+        assert session.statistics().idle == 3
+        for tool in manager.shop.tools:
+            times = [time for time, probed in manager.probes if probed is tool]
+            assert all(26.9 < b - a < 30.2 for a, b in pairwise(times))
+
+
+async def test_a_worker_in_use_needs_no_probe(autojump_clock: Clock) -> None:
+    """Its use is the probe."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, check_interval=30) as session:
+        for _ in range(20):
+            async with session.worker():
+                await trio.sleep(1)
+            await trio.sleep(20)
+        assert not manager.probes
+
+
+async def test_a_probe_that_hangs_is_bounded(autojump_clock: Clock) -> None:
+    """By `reset_timeout`; the worker is lost, and replaced. (Rule 6.)"""
+    shop = Workshop()
+    manager = Checked(shop)
+    async with whitepool.open_pool(manager, pool_size=1, check_interval=30, reset_timeout=4) as session:
+        manager.silent.add(shop.tools[0])
+        await trio.sleep(35)
+        now = session.statistics()
+        assert (now.lost, now.idle, now.started) == (1, 1, 2)
+        assert shop.tools[0].closed
+
+
+async def test_probes_never_take_the_last_idle_workers(autojump_clock: Clock) -> None:
+    """A checkout is not delayed while another worker could serve it."""
+    shop = Workshop()
+    manager = Checked(shop)
+    manager.takes = 3
+    async with whitepool.open_pool(manager, pool_size=6, max_overflow=0, check_interval=30) as session:
+        while trio.current_time() < 120:
+            await trio.sleep(0.5)
+            before = trio.current_time()
+            async with session.worker() as tool:
+                assert trio.current_time() == before
+                assert tool not in [worker for time, worker in manager.probes if time + 3 > before]
+            check_books(session.statistics())
+        assert len(manager.probes) > 12
+        assert manager.most_probing == 3
+
+
+async def test_a_waiter_gets_the_only_worker_when_it_has_been_probed(autojump_clock: Clock) -> None:
+    """Not before, and not later."""
+    manager = Checked(Workshop())
+    manager.takes = 2
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0, check_interval=30) as session:
+        while not manager.probing:
+            await trio.sleep(0.1)
+        (probed_at, _) = manager.probes[0]
+        assert session.statistics().resetting == 1
+        async with session.worker():
+            assert trio.current_time() == pytest.approx(probed_at + 2)
+
+
+async def test_a_probe_does_not_make_a_worker_look_used(autojump_clock: Clock) -> None:
+    """`idle_timeout` counts from the last use, and the coldest stays the coldest."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(
+        manager, pool_size=2, lazy=True, check_interval=10, idle_timeout=60
+    ) as session:
+        async with session.worker() as warm:
+            async with session.worker() as cold:
+                pass
+            await trio.sleep(1)
+        await trio.sleep(24)
+        assert len(manager.probes) == 4
+        async with session.worker() as again:
+            assert again is warm  # it was returned last
+        await trio.sleep(37)
+        assert (warm.closed, cold.closed) == (False, True)
+        await trio.sleep(25)
+        assert warm.closed
+
+
+async def test_a_pool_without_checks_is_left_in_peace(autojump_clock: Clock) -> None:
+    """A manager that can't check is not asked, and `inf` turns probing off."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, check_interval=math.inf):
+        await trio.sleep(1000)
+    assert not manager.probes
+    async with whitepool.open_pool(Workshop().make, pool_size=1, check_interval=1) as session:
+        await trio.sleep(1000)
+        assert session.statistics().idle == 1
+
+
+async def test_a_lazy_pool_empties_when_nobody_comes(autojump_clock: Clock) -> None:
+    """Workers that were idle for `idle_timeout` are retired, and not replaced."""
+    shop = Workshop()
+    async with whitepool.open_pool(
+        shop.make, pool_size=3, lazy=True, idle_timeout=60, overflow_ttl=math.inf
+    ) as session:
+        async with session.worker(), session.worker(), session.worker():
+            pass
+        await trio.sleep(50)
+        assert session.statistics().idle == 3
+        await trio.sleep(11)
+        now = session.statistics()
+        assert (now.idle, now.retired, now.started) == (0, 3, 3)
+
+
+async def test_an_idle_worker_is_replaced_unless_lazy(autojump_clock: Clock) -> None:
+    """The pool stays whole at every moment: the new one comes before the old one goes."""
+    shop = Workshop()
+
+    async def slowly(_: Any) -> None:
+        await trio.sleep(1)
+
+    shop.before_open = slowly
+    async with whitepool.open_pool(shop.make, pool_size=2, idle_timeout=60) as session:
+        for _ in range(200):
+            await trio.sleep(1)
+            assert session.statistics().idle >= 2
+        assert session.statistics().retired >= 4
+
+
+async def test_lifetimes_end_one_by_one(autojump_clock: Clock) -> None:
+    """Twenty that were opened together don't reconnect together, and are replaced first."""
+    shop = Workshop()
+
+    async def slowly(_: Any) -> None:
+        await trio.sleep(0.5)
+
+    shop.before_open = slowly
+    opened: list[float] = []
+    hooks = whitepool.Hooks(on_create=lambda _: opened.append(trio.current_time()))
+    async with whitepool.open_pool(
+        shop.make, pool_size=20, max_overflow=2, max_lifetime=1000, hooks=hooks
+    ) as session:
+        del opened[:]
+        shop.most_opening = 0
+        while trio.current_time() < 1010:
+            await trio.sleep(1)
+            now = session.statistics()
+            assert now.idle >= 20
+            check_books(now)
+        assert 20 <= session.statistics().retired <= 22
+        assert max(opened) - min(opened) > 40  # spread over up to a hundred seconds
+        assert shop.most_opening <= 4
+        await trio.sleep(1)
+        assert not any(tool.closed for tool in shop.tools[20:])
+
+
+@pytest.mark.parametrize("max_overflow", [0, 1])
+async def test_a_worker_in_use_outlives_its_lifetime(max_overflow: int, autojump_clock: Clock) -> None:
+    """It is retired when it comes back."""
+    shop = Workshop()
+    async with whitepool.open_pool(
+        shop.make, pool_size=1, max_overflow=max_overflow, max_lifetime=10
+    ) as session:
+        async with session.worker() as tool:
+            await trio.sleep(15)
+            assert not tool.closed
+        await trio.testing.wait_all_tasks_blocked()
+        assert tool.closed
+        assert session.statistics().idle == 1
+        assert session.statistics().retired == 1
+
+
+async def test_an_old_worker_under_load_is_retired_too(autojump_clock: Clock) -> None:
+    """It need not wait until nobody wants it any more."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=2, max_overflow=0, max_lifetime=10) as session:
+
+        async def client() -> None:
+            while trio.current_time() < 100:
+                async with session.worker(timeout=math.inf) as tool:
+                    await trio.sleep(0.1)
+                    used[tool] = trio.current_time()
+
+        used: dict[Tool, float] = {}
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(client)
+        assert 18 <= session.statistics().retired <= 24
+
+
+async def test_an_old_worker_stays_while_the_server_takes_no_new_ones(
+    autojump_clock: Clock,
+) -> None:
+    """Better an old connection than none."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=2, max_overflow=1, max_lifetime=10) as session:
+
+        async def down(_: int) -> None:
+            raise OSError("too many connections")
+
+        shop.before_open = down
+        await trio.sleep(60)
+        assert session.statistics().idle == 2
+        async with session.worker():
+            pass
+        assert session.statistics().retired == 0
+        shop.before_open = Workshop().before_open
+        await trio.sleep(2)
+        assert session.statistics().retired == 2
+
+
+async def test_a_dead_server_has_little_to_say(
+    autojump_clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line when it is first noticed, one a second at the most, and one when it is back. (Rule 12.)"""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.with_nursery, pool_size=5, name="mine") as session:
+
+        async def down(_: int) -> None:
+            raise OSError("connection refused")
+
+        shop.before_open = down
+        for tool in list(shop.tools):
+            tool.crash.set()
+        await trio.sleep(60)
+        messages = [record.message for record in caplog.records]
+        assert messages[0].startswith("worker_lost pool=mine reason=crashed error=the background")
+        assert messages[1].startswith("start_failed pool=mine error=connection refused untold=")
+        assert len(messages) <= 61
+        caplog.clear()
+        shop.before_open = Workshop().before_open
+        await trio.sleep(1)
+        assert session.statistics().idle == 5
+        (message,) = [record.message for record in caplog.records if "recovered" in record.message]
+        assert message.startswith("start_recovered pool=mine failures=")
+
+
+async def test_a_worker_that_died_on_the_shelf_is_not_handed_out() -> None:
+    """One that has lain idle for a while is asked once more. (Rule 6.)"""
+    shop = Workshop()
+    manager = Manager(shop)
+    async with whitepool.open_pool(manager, pool_size=2) as session:
+        await trio.sleep(0.002)
+        manager.dead.update(shop.tools)
+        async with session.worker() as tool:
+            assert tool.number == 3
+        assert session.statistics().lost == 2
