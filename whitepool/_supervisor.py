@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from . import _housekeeping as housekeeping
 from ._backoff import Backoff
 from ._errors import CheckoutTimeout, PoolClosed, PoolStartError
 from ._hooks import COUNTED_AS, Reason
@@ -21,9 +22,6 @@ from ._watch import HangupWatch
 from ._worker import Place, Worker
 
 T = TypeVar("T")
-
-SOON = 0.05
-"""Seconds after which work that could not be done yet is looked at again."""
 
 
 class Supervisor(Generic[T]):
@@ -92,8 +90,7 @@ class Supervisor(Generic[T]):
             elif self._hooks_on_return or (
                 worker.needs_reset is not None and worker.needs_reset(worker.obj)
             ):
-                worker.place = Place.HOST
-                self._in_host += 1
+                self._to_host(worker)
                 worker.clean()
             else:
                 self.admit(worker)
@@ -363,43 +360,41 @@ class Supervisor(Generic[T]):
 
     @enable_ki_protection
     async def _keep_house(self) -> None:
-        """Retire what is too old, too idle or too many, and probe the rest."""
-        options = self.options
-        # Whatever goes on the shelf while this sleeps can't be due before the shortest of these.
-        periods = (options.idle_timeout, options.max_lifetime, options.check_interval)
-        shortest = 0.9 * min(*periods, options.overflow_ttl or math.inf)
+        """Retire what is too many, too old or too idle, and probe the rest."""
+        shortest = housekeeping.shortest_period(self.options)
         while True:
             now = self.now()
-            due = min(self._dismiss_overflow(now), self._expire(now), self._probe(now))
+            due = self._tidy(now)
             await trio.sleep_until(min(due, now + shortest))
 
-    def _dismiss_overflow(self, now: float) -> float:
-        """Let workers beyond `pool_size` go, idle for `overflow_ttl`; say when to look again."""
-        idle, ttl = self.line.idle, self.options.overflow_ttl
-        while idle and self._alive > self.options.pool_size:
-            due = idle[0].idle_since + ttl
-            if due > now:
-                return due
-            self.dismiss(idle.popleft(), "overflow")
-        return math.inf
+    def _tidy(self, now: float) -> float:
+        """Do what is due, and say when something will be due again."""
+        options, idle = self.options, self.line.idle
+        beyond_size = self._alive - options.pool_size
+        superfluous, at_surplus = housekeeping.surplus(idle, beyond_size, options, now)
+        for worker in superfluous:
+            idle.remove(worker)
+            self.dismiss(worker, "overflow")
+        old, at_old = housekeeping.too_old(self._workers, now)
+        for worker in old:
+            self._condemn(worker, "lifetime")
+        bored, at_bored = housekeeping.too_idle(idle, options, now)
+        for worker in bored:
+            self._condemn(worker, "idle")
+        probing = sum(worker.probing and worker.place is Place.HOST for worker in self._workers)
+        unheard_of, at_probe = housekeeping.to_probe(idle, probing, options, now)
+        for worker in unheard_of:
+            idle.remove(worker)
+            self._to_host(worker)
+            worker.probe()
+        return min(at_surplus, at_old, at_bored, at_probe)
 
-    def _expire(self, now: float) -> float:
-        """Note which workers are too old, or were idle too long; say when to look again."""
-        due = math.inf
-        for worker in self._workers - self._expired:
-            if worker.place in (Place.HOST, Place.OUT) and worker.condemned is None:
-                due = min(due, worker.expires)
-                if worker.expires <= now:
-                    self._condemn(worker, "lifetime")
-        for worker in self.line.idle:
-            if worker.condemned is None:
-                bored = worker.idle_since + self.options.idle_timeout * worker.jitter
-                due = min(due, bored)
-                if bored <= now:
-                    self._condemn(worker, "idle")
-        return due
+    def _to_host(self, worker: Worker[T]) -> None:
+        worker.place = Place.HOST
+        self._in_host += 1
 
     def _condemn(self, worker: Worker[T], reason: Reason) -> None:
+        """Have a worker replaced that is alive and well."""
         worker.condemned = reason
         self._expired.add(worker)
         self.look_around()
@@ -419,29 +414,6 @@ class Supervisor(Generic[T]):
         # Without room for a new one first, an old one must make it: one at a time, and not while the
         # server takes no new ones.
         return self._alive == len(self._workers) >= self._limit and self._backoff.last_error is None
-
-    def _probe(self, now: float) -> float:
-        """Have idle workers probed that have given no sign of life lately; say when to look again.
-
-        At most half of those that are idle at a time: probing delays nobody whom another could serve.
-        """
-        due = math.inf
-        idle, interval = self.line.idle, self.options.check_interval
-        probing = sum(worker.probing and worker.place is Place.HOST for worker in self._workers)
-        most = max(1, (len(idle) + probing) // 2)
-        for worker in list(idle):
-            if not worker.can_be_checked or worker.condemned is not None or self.draining:
-                continue
-            at = max(worker.idle_since, worker.probed) + interval * worker.jitter
-            if at <= now and probing < most:
-                idle.remove(worker)
-                worker.place = Place.HOST
-                self._in_host += 1
-                worker.probe()
-                probing += 1
-            else:
-                due = min(due, max(at, now + SOON))
-        return due
 
     def _timed_out(self) -> CheckoutTimeout:
         """Make the error for a waiter whose time is up, while it is still known how things stood."""
