@@ -56,7 +56,8 @@ def too_old(workers: Iterable[AnyWorker], now: float) -> tuple[list[AnyWorker], 
 
 def too_idle(idle: Iterable[AnyWorker], options: Options, now: float) -> tuple[list[AnyWorker], float]:
     """Find workers that were not used for `idle_timeout`."""
-    found, due = [], math.inf
+    found: list[AnyWorker] = []
+    due = math.inf
     for worker in idle:
         if worker.condemned is None:
             at = worker.idle_since + options.idle_timeout * worker.jitter
@@ -75,7 +76,8 @@ def to_probe(
     No more than half of the idle ones are being probed at a time: it should delay nobody whom
     another worker could serve.
     """
-    found, due = [], math.inf
+    found: list[AnyWorker] = []
+    due = math.inf
     room = max(1, (len(idle) + probing) // 2) - probing
     for worker in idle:
         if worker.can_be_checked and worker.condemned is None:
