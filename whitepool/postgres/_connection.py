@@ -9,13 +9,13 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import psycopg
 import trio
-from psycopg import capabilities, errors, pq
+from psycopg import AsyncPipeline, capabilities, errors, generators, pq
 from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import (
@@ -33,6 +33,9 @@ from ._waiting import drive, poll
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_ACTIVE = pq.TransactionStatus.ACTIVE
+_UNKNOWN = pq.TransactionStatus.UNKNOWN
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
@@ -59,8 +62,24 @@ class Lock:
         self._free.release()
 
 
+def _tidying() -> trio.CancelScope:
+    """Make a scope for leaving a block in order: where the task is cancelled, shielded and bounded."""
+    if trio.current_effective_deadline() > trio.current_time():
+        return trio.CancelScope()
+    return trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT)
+
+
 class TrioTransaction(AsyncTransaction):
     """A transaction that is rolled back also when its task is being cancelled."""
+
+    async def __aenter__(self) -> Self:
+        depth = self._conn._num_transactions
+        try:
+            return await super().__aenter__()
+        except trio.Cancelled as cancelled:
+            if self._conn._num_transactions > depth:  # psycopg 3.2 stays half-way inside
+                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+            raise
 
     async def __aexit__(
         self,
@@ -69,11 +88,32 @@ class TrioTransaction(AsyncTransaction):
         exc_tb: TracebackType | None,
     ) -> bool:
         if exc_type is None:
+            try:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            except trio.Cancelled as cancelled:  # too late to commit
+                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+                raise
+        with _tidying():
             return await super().__aexit__(exc_type, exc_val, exc_tb)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT):
-            return await super().__aexit__(exc_type, exc_val, exc_tb)
-        await self.connection.close()  # no answer within the time
+        await self.connection.close()  # there was no answer within the time
         return False
+
+
+class TrioPipeline(AsyncPipeline):
+    """A pipeline that is left in order also when its task is being cancelled."""
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        with _tidying() as scope:
+            if scope.shield and self.pgconn.transaction_status == _ACTIVE:
+                await self._conn._try_cancel()
+            await super().__aexit__(exc_type, exc_val, exc_tb)
+        if scope.cancelled_caught:
+            await self._conn.close()
 
 
 class TrioConnection(psycopg.AsyncConnection[Row]):
@@ -175,23 +215,49 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
 
     async def _stop(self, gen: PQGen[Any]) -> None:
         """Cancel the running query on the server, and read to the end of it."""
-        active = pq.TransactionStatus.ACTIVE
-        if self.pgconn.transaction_status != active:
+        pgconn = self.pgconn
+        if pgconn.transaction_status != _ACTIVE:
             return
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT):
-            pause = 0.1
-            try:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT) as scope:
+            # What goes wrong here is most likely QueryCanceled, as wanted. It is the state that
+            # counts in which this leaves the connection.
+            with suppress(Exception):
+                pause = 0.1
                 while True:
                     await self.cancel_safe()
                     # A request that overtakes its query is ignored by the server: ask again.
                     with trio.move_on_after(pause):
-                        await drive(gen, self.pgconn.socket)
+                        await drive(gen, pgconn.socket)
                         break
                     pause *= 2
-            except Exception:
-                pass  # most likely QueryCanceled, as wanted; what matters is the state it leaves
-        if self.pgconn.transaction_status in (active, pq.TransactionStatus.UNKNOWN):
+            if pgconn.pipeline_status or self._is_copying_in():
+                return  # the block that the task is about to leave does the rest
+            with suppress(Exception):
+                await self._drain()
+        if scope.cancelled_caught or pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
             self._finish()
+
+    async def _drain(self) -> None:
+        """Read what is left of a query's results: its generator may have wanted only the first."""
+        pgconn = self.pgconn
+        while pgconn.transaction_status == _ACTIVE:
+            results = await drive(generators.fetch_many(pgconn), pgconn.socket)
+            if not results:
+                return
+            if results[-1].status == pq.ExecStatus.COPY_OUT:
+                with suppress(psycopg.Error):
+                    while isinstance(
+                        await drive(generators.copy_from(pgconn), pgconn.socket), memoryview
+                    ):
+                        pass
+
+    def _is_copying_in(self) -> bool:
+        """Say whether the connection is in the middle of a COPY FROM STDIN."""
+        try:
+            self.pgconn.put_copy_data(b"")
+        except psycopg.Error:
+            return False
+        return True
 
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         """Cancel the running operation on the server; see `psycopg.AsyncConnection.cancel_safe`.
@@ -213,6 +279,11 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             return
         raise errors.CancellationTimeout("cancellation timeout expired")
 
+    async def _try_cancel(self, *, timeout: float = CLEANUP_TIMEOUT) -> None:
+        """Cancel as well as possible. (psycopg calls this where a copy or a stream is left early.)"""
+        with trio.CancelScope(shield=True), suppress(Exception):
+            await self.cancel_safe(timeout=timeout)
+
     @asynccontextmanager
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
@@ -229,20 +300,37 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             async with transaction:
                 yield transaction
 
+    @asynccontextmanager
+    async def pipeline(self) -> AsyncIterator[AsyncPipeline]:
+        """Run a block in pipeline mode; see `psycopg.AsyncConnection.pipeline`.
+
+        Where the block is left by a cancellation, what it sent is cancelled on the server.
+        """
+        async with self.lock:
+            self._check_connection_ok()
+            if self._pipeline is None:
+                self._pipeline = TrioPipeline(self)
+            pipeline = self._pipeline
+        try:
+            async with pipeline:
+                yield pipeline
+        finally:
+            if pipeline.level == 0:
+                with _tidying():
+                    async with self.lock:
+                        self._pipeline = None
+
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        with trio.CancelScope() as scope:
-            if exc_type is not None:
-                scope.shield = True
-                scope.deadline = trio.current_time() + CLEANUP_TIMEOUT
-            try:
+        try:
+            with _tidying():
                 await super().__aexit__(exc_type, exc_val, exc_tb)
-            finally:
-                self._finish()
+        finally:
+            self._finish()
 
     async def close(self) -> None:
         """Close the connection. A task that waits for it gets `psycopg.OperationalError`."""

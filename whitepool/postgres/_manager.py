@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, Literal, Union
 
 import psycopg
 from psycopg import pq
+from psycopg.abc import AdaptContext
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import make_conninfo
 from psycopg.generators import execute
 
+from .._errors import PoolStartError
 from .._manager import WorkerManager
 from .._options import PoolOptions
 from .._pool import Pool
@@ -18,12 +23,50 @@ from ._connection import TrioConnection
 from ._waiting import drive
 
 Connection = TrioConnection[Any]
+Configure = Callable[[Connection], Awaitable[None]]
+Reset = Union[Literal["rollback", "session"], Configure]
 
 # Plain numbers: these are asked at each checkin, and an enum costs more than the question.
 _IDLE = int(pq.TransactionStatus.IDLE)
 _BUSY = int(pq.TransactionStatus.ACTIVE)
 _GONE = int(pq.TransactionStatus.UNKNOWN)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
+
+# What DISCARD ALL does, and the role. One by one, as DISCARD ALL must be sent alone: this way, one
+# message is enough.
+_DISCARD_SESSION = b"""
+    CLOSE ALL;
+    SET SESSION AUTHORIZATION DEFAULT;
+    RESET ROLE;
+    RESET ALL;
+    DEALLOCATE ALL;
+    UNLISTEN *;
+    SELECT pg_catalog.pg_advisory_unlock_all();
+    DISCARD PLANS;
+    DISCARD TEMP;
+    DISCARD SEQUENCES
+"""
+
+# What a client may have set on the object, and psycopg keeps to itself.
+_CLIENT_SIDE = (
+    "_autocommit",
+    "_isolation_level",
+    "_read_only",
+    "_deferrable",
+    "_begin_statement",
+    "row_factory",
+    "cursor_factory",
+    "server_cursor_factory",
+    "prepare_threshold",
+    "prepared_max",
+)
+
+# Refusals that will be repeated however often one asks. libpq gives nothing but their text.
+_FINAL = re.compile(
+    r"password authentication failed|no password supplied|no pg_hba\.conf entry"
+    r"|(database|role) \".*\" does not exist|authentication failed for user",
+    re.DOTALL,
+)
 
 
 class ConnectionManager(WorkerManager[Connection]):
@@ -33,7 +76,12 @@ class ConnectionManager(WorkerManager[Connection]):
         """Say whether the connection is open, with nothing under way: no query, copy or pipeline."""
         pgconn = worker.pgconn
         status = pgconn.transaction_status
-        return status != _BUSY and status != _GONE and pgconn.pipeline_status == _NO_PIPELINE
+        return (
+            status != _BUSY
+            and status != _GONE
+            and pgconn.pipeline_status == _NO_PIPELINE
+            and worker._tpc is None  # begun or prepared: only its client knows how it should end
+        )
 
     def needs_reset(self, worker: Connection) -> bool:
         """Say whether the connection is inside a transaction."""
@@ -41,22 +89,32 @@ class ConnectionManager(WorkerManager[Connection]):
 
     async def reset(self, worker: Connection) -> None:
         """Roll back."""
-        await worker.rollback()
+        if worker._num_transactions:
+            raise psycopg.ProgrammingError("a transaction() block has not been left")
+        await _run(worker, b"ROLLBACK")
+        # Prepared statements may have been made in the transaction, or of tables made in it.
+        worker._prepared.clear()
 
     async def check(self, worker: Connection) -> None:
         """Send an empty query, outside any transaction, and wait for the answer."""
-        worker.pgconn.send_query(b"")
-        # Not through the connection: where there is no answer, there is no query to cancel either.
-        await drive(execute(worker.pgconn), worker.pgconn.socket)
+        await _run(worker, b"")
 
 
 class PostgresManager(ConnectionManager):
-    """Opens connections to PostgreSQL for a pool.
+    """Opens connections to PostgreSQL for a pool, and makes them ready for their next client.
+
+    A refusal that would only be repeated (a wrong password, a database or a role that does not
+    exist) ends the opening of a pool at once.
 
     Args:
       conninfo: the connection string, as for `connect`.
       configure: an async callable that gets each new connection once, before anybody else. It must
           leave no transaction open.
+      reset: what happens to a connection between two clients. ``"rollback"`` (default) ends a
+          transaction, where there is one. ``"session"`` makes it indistinguishable from a new one:
+          everything that ``DISCARD ALL`` discards, the role, and what can be set on the connection
+          object; then it is configured again. Or an async callable, which gets the connection
+          outside a transaction, and must leave it so.
       connect_keywords: as for `connect`.
     """
 
@@ -64,28 +122,68 @@ class PostgresManager(ConnectionManager):
         self,
         conninfo: str = "",
         *,
-        configure: Callable[[Connection], Awaitable[None]] | None = None,
+        configure: Configure | None = None,
+        reset: Reset = "rollback",
         **connect_keywords: Any,
     ) -> None:
         if not isinstance(conninfo, str):
             raise TypeError(f"conninfo must be a str, not {type(conninfo).__name__}")
         if configure is not None and not callable(configure):
             raise TypeError(f"configure must be an async callable, not {configure!r}")
+        if isinstance(reset, str) and reset not in ("rollback", "session"):
+            raise ValueError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
+        if not isinstance(reset, str) and not callable(reset):
+            raise TypeError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
+        _validate(conninfo, connect_keywords)
         self._conninfo = conninfo
         self._configure = configure
+        self._reset = reset
         self._keywords: dict[str, Any] = connect_keywords
 
+    def __repr__(self) -> str:
+        return "<whitepool.postgres.PostgresManager>"  # the conninfo may hold a password
+
     async def create(self) -> Connection:
-        connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
-        if self._configure is not None:
-            try:
-                await self._configure(connection)
-                if self.needs_reset(connection):
-                    raise psycopg.ProgrammingError("configure left a transaction open")
-            except BaseException:
-                await connection.close()
-                raise
+        """Connect, and configure the connection."""
+        try:
+            connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
+        except psycopg.OperationalError as error:
+            if _is_final(error):
+                raise PoolStartError(str(error)) from error
+            raise
+        try:
+            await self._set_up(connection)
+        except BaseException:
+            await connection.close()
+            raise
         return connection
+
+    def needs_reset(self, worker: Connection) -> bool:
+        """Say whether the connection has to be reset; unless for a rollback, always."""
+        return self._reset != "rollback" or super().needs_reset(worker)
+
+    async def reset(self, worker: Connection) -> None:
+        """Make the connection ready for its next client."""
+        if super().needs_reset(worker):
+            await super().reset(worker)
+        if self._reset == "session":
+            await _run(worker, _DISCARD_SESSION)
+            _forget_client(worker, self._new, self._keywords.get("context"))
+            await self._set_up(worker)
+        elif callable(self._reset):
+            await self._reset(worker)
+            self._demand_no_transaction(worker, "reset")
+
+    async def _set_up(self, connection: Connection) -> None:
+        if self._reset == "session":
+            self._new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
+        if self._configure is not None:
+            await self._configure(connection)
+            self._demand_no_transaction(connection, "configure")
+
+    def _demand_no_transaction(self, connection: Connection, culprit: str) -> None:
+        if super().needs_reset(connection):
+            raise psycopg.ProgrammingError(f"{culprit} left a transaction open")
 
 
 # A bare factory of connections is enough: the pool asks their class how to treat them.
@@ -95,7 +193,8 @@ TrioConnection.__worker_manager__ = ConnectionManager()
 def open_pool(
     conninfo: str = "",
     *,
-    configure: Callable[[Connection], Awaitable[None]] | None = None,
+    configure: Configure | None = None,
+    reset: Reset = "rollback",
     **keywords: Any,
 ) -> AbstractAsyncContextManager[Session[Connection]]:
     """Open a pool of connections: `whitepool.open_pool` with a `PostgresManager`.
@@ -103,5 +202,52 @@ def open_pool(
     The keywords are the options of `whitepool.Pool`, and those of `connect`.
     """
     options = {key: keywords.pop(key) for key in PoolOptions.__annotations__ if key in keywords}
-    manager = PostgresManager(conninfo, configure=configure, **keywords)
+    manager = PostgresManager(conninfo, configure=configure, reset=reset, **keywords)
     return Pool(manager, **options)._open(grace=0)
+
+
+async def _run(connection: Connection, command: bytes) -> None:
+    """Run a command of the pool's own: no transaction around it, no cursor.
+
+    Not through the connection's `wait`, which would cancel the command on the server where it takes
+    too long. Here the connection itself is given up then.
+    """
+    pgconn = connection.pgconn
+    async with connection.lock:
+        pgconn.send_query(command)
+        for result in await drive(execute(pgconn), pgconn.socket):
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result)
+
+
+def _forget_client(connection: Connection, new: dict[str, Any], context: AdaptContext | None) -> None:
+    """Restore what a client may have changed on the client's side of the session."""
+    for name, value in new.items():
+        setattr(connection, name, value)
+    connection._adapters = AdaptersMap(context.adapters) if context else None
+    connection._notice_handlers.clear()
+    connection._notify_handlers.clear()
+    backlog = getattr(connection, "_notifies_backlog", None)  # new in psycopg 3.2.4
+    if backlog:
+        backlog.clear()
+    # The server has forgotten all prepared statements.
+    connection._prepared.clear()
+    connection._prepared._to_flush.clear()
+
+
+def _validate(conninfo: str, keywords: dict[str, Any]) -> None:
+    """Raise `ValueError` where libpq would refuse a connection string, or a keyword."""
+    ours = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+    try:
+        make_conninfo(conninfo, **{key: keywords[key] for key in keywords if key not in ours})
+    except psycopg.ProgrammingError as error:
+        # libpq says what is wrong by quoting it, and it may be a password.
+        unknown = re.search(r'invalid (connection option|URI query parameter): "?[\w]*"?', str(error))
+        what = unknown[0] if unknown else "it can't be parsed"
+        raise ValueError(f"conninfo or a keyword for connecting is not valid: {what}") from None
+
+
+def _is_final(error: psycopg.OperationalError) -> bool:
+    """Say whether every host refused for a reason that will not go away by itself."""
+    failures = [line for line in str(error).splitlines() if line.startswith("- host")]
+    return all(_FINAL.search(failure) for failure in failures or [str(error)])
