@@ -7,13 +7,18 @@ generator that is sent "nothing" yields the same again, so a wait that was inter
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
+from time import perf_counter
 
 import trio
 from psycopg import pq
 from psycopg.abc import RV, PQGen
 from psycopg.waiting import Ready, Wait
 from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
+
+BUSY_TIME = 0.005
+"""Seconds for which a connection that is always ready to be written to may keep the event loop."""
 
 
 async def drive(generator: PQGen[RV], socket: int) -> RV:
@@ -24,34 +29,59 @@ async def drive(generator: PQGen[RV], socket: int) -> RV:
         # Not a cancellation point: what the generator did has been done.
         await cancel_shielded_checkpoint()
         return end.value  # type: ignore[no-any-return]  # StopIteration is not generic
+    yielded = False
+    busy_until = 0.0
     try:
         while True:
             if wanted == Wait.R:
                 await wait_readable(socket)
-                ready = Ready.R
-            elif wanted == Wait.W:
-                await wait_writable(socket)
-                ready = Ready.W
+                yielded, ready = True, Ready.R
             else:
-                ready = await _wait_either(socket)
+                # A socket is nearly always ready for writing, and a pipeline asks for each command.
+                ready = _ready_now(socket, wanted)
+                now = perf_counter()
+                if not busy_until:
+                    busy_until = now + BUSY_TIME
+                if not ready or now > busy_until:
+                    ready = await _wait_either(socket, wanted)
+                    yielded, busy_until = True, 0.0
             wanted = generator.send(ready)
     except StopIteration as end:
+        if not yielded:
+            await cancel_shielded_checkpoint()
         return end.value  # type: ignore[no-any-return]
 
 
-async def _wait_either(socket: int) -> Ready:
-    """Wait until a socket is readable or writable. Only queries that fill its buffer come here."""
-    ready = 0
+def _ready_now(socket: int, wanted: Wait) -> Ready:
+    """Ask the system what a socket is ready for, without waiting."""
+    poller = select.poll()
+    poller.register(socket, (wanted & Wait.R and select.POLLIN) | (wanted & Wait.W and select.POLLOUT))
+    found = poller.poll(0)
+    event = found[0][1] if found else 0
+    failed = event & (select.POLLERR | select.POLLHUP)  # libpq will find out why
+    ready = (event & select.POLLIN and Ready.R) | (event & select.POLLOUT and Ready.W)
+    return Ready(ready or (failed and Ready.RW))
+
+
+async def _wait_either(socket: int, wanted: Wait) -> Ready:
+    """Wait until a socket is ready for something of what is wanted."""
+    ready, closed = 0, False
 
     async def wait_for(state: Ready) -> None:
-        nonlocal ready
-        await (wait_readable if state is Ready.R else wait_writable)(socket)
-        ready |= state
+        nonlocal ready, closed
+        try:
+            await (wait_readable if state is Ready.R else wait_writable)(socket)
+            ready |= state
+        except trio.ClosedResourceError:
+            closed = True  # raised below, without a group around it
         nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait_for, Ready.R)
-        nursery.start_soon(wait_for, Ready.W)
+        for state in (Ready.R, Ready.W):
+            if wanted & state:
+                nursery.start_soon(wait_for, state)
+    if closed:
+        raise trio.ClosedResourceError
     return Ready(ready)
 
 
