@@ -52,3 +52,15 @@ def test_generic() -> None:
     assert sorted(output[:10]) == [f"question {number}" for number in range(10)]
     assert "idle=3" in output[10]
     assert len((EXAMPLES / "generic.py").read_text().splitlines()) < 60
+
+
+def test_listen(server: EmbeddedPostgres) -> None:
+    """Five notifications, in order."""
+    output = run("listen.py", DATABASE_URL=server.dsn)
+    assert output.splitlines() == [f"jobs: job {number}" for number in range(5)]
+
+
+def test_transactions(server: EmbeddedPostgres) -> None:
+    """What was committed counts, what was rolled back does not."""
+    output = run("transactions.py", DATABASE_URL=server.dsn)
+    assert [int(line.rsplit(maxsplit=1)[1]) for line in output.splitlines()] == [10, 10, 11, 11, 176]
