@@ -41,6 +41,14 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception]]] = [
     ("reset_timeout", -1, ValueError),
     ("close_timeout", False, TypeError),
     ("shutdown_timeout", -1, ValueError),
+    ("patience", 0, ValueError),
+    ("patience", 1.5, ValueError),
+    ("patience", math.nan, ValueError),
+    ("patience", "0.4", TypeError),
+    ("idle_timeout", 0, ValueError),
+    ("max_lifetime", -1, ValueError),
+    ("check_interval", None, TypeError),
+    ("hooks", [], TypeError),
 ]
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Generic, TypeVar, cast
+from typing import Generic, Protocol, TypeVar, cast
 
 import trio
 from outcome import Error, Value
@@ -23,9 +22,16 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
+from ._overload import StandingLine
 from ._worker import Worker
 
 T = TypeVar("T")
+
+
+class Refusal(Protocol):
+    """Makes the error for a task that is sent away: its time is up, or the line stands."""
+
+    def __call__(self, *, early: bool) -> Exception: ...
 
 
 class Line(Generic[T]):
@@ -37,35 +43,43 @@ class Line(Generic[T]):
     of it, and one that is cancelled is out of the line in the same instant.
     """
 
-    def __init__(self, *, lifo: bool, timed_out: Callable[[], Exception]) -> None:
+    def __init__(self, *, lifo: bool, patience: float, refusal: Refusal) -> None:
         self.idle: deque[Worker[T]] = deque()
         """The shelf. The right end is the one that was in use last."""
         self.take = self.idle.pop if lifo else self.idle.popleft
         """Take the next idle worker off the shelf; IndexError where there is none."""
-        self.waiters: OrderedDict[Task, int] = OrderedDict()
-        """The line, and the number under which each task joined it. The first waits the longest."""
+        self.waiters: OrderedDict[Task, tuple[int, float, float]] = OrderedDict()
+        """The line: for each task the number under which it joined, since when it waits, and its
+        timeout. The first waits the longest."""
         self.not_queueing: set[Task] = set()
         """Those in line that wait for a start, not for a return (`Session.nonblock_checkout`)."""
-        self._timed_out = timed_out
+        self._refusal = refusal
         self._joined = 0
-        # The earliest first. Those who have left stay in it until there are too many of them: most
-        # are served long before their deadline, and to look for each would cost more than the wait.
-        self._deadlines: list[tuple[float, int, Task]] = []
+        self._served = 0
+        self._patience = patience
+        self._standing = StandingLine(patience)
+        # When to look at whom: first when it has used up its share of its timeout, then when all of
+        # it. Those who have left stay in it until there are too many of them: most are served long
+        # before, and to look for each would cost more than the wait.
+        self._appointments: list[tuple[float, int, Task]] = []
         self._alarm = trio.CancelScope()
 
     async def join(self, timeout: float) -> Worker[T]:
         """Wait in line for a worker, for at most `timeout` seconds."""
         task = current_task()
         self._joined = number = self._joined + 1
-        self.waiters[task] = number
-        if timeout != math.inf:
-            deadline = trio.current_time() + timeout
-            if len(self._deadlines) > 64 + 2 * len(self.waiters):
-                self._deadlines = [entry for entry in self._deadlines if self._waits(entry)]
-                heapify(self._deadlines)
-            heappush(self._deadlines, (deadline, number, task))
-            if deadline < self._alarm.deadline:
-                self._alarm.deadline = deadline
+        if timeout == math.inf:
+            self.waiters[task] = (number, 0, timeout)
+        else:
+            now = trio.current_time()
+            self.waiters[task] = (number, now, timeout)
+            if len(self._appointments) > 64 + 2 * len(self.waiters):
+                self._appointments = [entry for entry in self._appointments if self._waits(entry)]
+                heapify(self._appointments)
+            first = now + self._patience * timeout
+            heappush(self._appointments, (first, number, task))
+            if first < self._alarm.deadline:
+                self._alarm.deadline = first
 
         def abort(_: object) -> Abort:
             del self.waiters[task]
@@ -76,6 +90,7 @@ class Line(Generic[T]):
     def serve(self, worker: Worker[T]) -> None:
         """Give a worker to the longest-waiting task."""
         task, _ = self.waiters.popitem(last=False)
+        self._served += 1
         reschedule(task, Value(worker))
 
     def put_back(self, worker: Worker[T]) -> None:
@@ -93,18 +108,43 @@ class Line(Generic[T]):
         """Send away those whose time is up. One task does it for all of them."""
         while True:
             now = trio.current_time()
-            while self._deadlines:
-                deadline, _, task = self._deadlines[0]
-                if self._waits(self._deadlines[0]):
-                    if deadline > now:
-                        break
-                    self.fail(task, self._timed_out())
-                heappop(self._deadlines)
-            earliest = self._deadlines[0][0] if self._deadlines else math.inf
-            with trio.CancelScope(deadline=earliest) as self._alarm:
+            next_look = self._look(now)
+            while self._appointments and self._appointments[0][0] <= now:
+                entry = heappop(self._appointments)
+                if self._waits(entry):
+                    self._attend(entry, now)
+            earliest = self._appointments[0][0] if self._appointments else math.inf
+            with trio.CancelScope(deadline=min(earliest, next_look)) as self._alarm:
                 await trio.sleep_forever()
+
+    def _attend(self, entry: tuple[float, int, Task], now: float) -> None:
+        """Look at a task that has used up its share of its timeout, or all of it."""
+        _, number, task = entry
+        _, since, timeout = self.waiters[task]
+        if now >= since + timeout:
+            self.fail(task, self._refusal(early=False))
+        elif self._standing.stands:
+            self.fail(task, self._refusal(early=True))
+        else:
+            heappush(self._appointments, (since + timeout, number, task))
+
+    def _look(self, now: float) -> float:
+        """See whether the line stands; say when to look again."""
+        limited = next((entry for entry in self.waiters.values() if entry[2] != math.inf), None)
+        if limited is None or self._patience >= 1:
+            self._standing.is_gone()
+            return math.inf
+        _, since, timeout = limited
+        stood = self._standing.stands
+        next_look = self._standing.look(now, since, timeout, self._joined, self._served)
+        if self._standing.stands and not stood:
+            # Those who were spared so far, because it did not stand yet.
+            for task, (_, since, timeout) in list(self.waiters.items()):
+                if now >= since + self._patience * timeout:
+                    self.fail(task, self._refusal(early=now < since + timeout))
+        return next_look
 
     def _waits(self, entry: tuple[float, int, Task]) -> bool:
         """Say whether a task is still in line: it may have left, and may have joined again."""
         _, number, task = entry
-        return self.waiters.get(task) == number
+        return self.waiters.get(task, (0,))[0] == number

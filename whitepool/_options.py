@@ -32,6 +32,7 @@ class PoolOptions(TypedDict, total=False):
     shutdown_timeout: float
     max_starting: int
     max_waiting: float
+    patience: float
     hooks: Hooks
 
 
@@ -54,6 +55,7 @@ class Options:
     shutdown_timeout: float = 30.0
     max_starting: int = 4
     max_waiting: float = math.inf
+    patience: float = 0.4
     hooks: Hooks = field(default_factory=Hooks)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,10 @@ class Options:
             check_seconds(option, getattr(self, option))
         for option in ("start_timeout", "idle_timeout", "max_lifetime", "check_interval"):
             check_seconds(option, getattr(self, option), more_than_zero=True)
+        if not isinstance(self.patience, (int, float)) or isinstance(self.patience, bool):
+            raise TypeError(f"patience must be a number, not {self.patience!r}")
+        if not 0 < self.patience <= 1:
+            raise ValueError(f"patience must be more than 0 and at most 1, not {self.patience!r}")
         if not isinstance(self.lazy, bool):
             raise TypeError(f"lazy must be a bool, not {self.lazy!r}")
         if not isinstance(self.strategy, str):

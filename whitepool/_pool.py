@@ -58,6 +58,10 @@ class Pool(Generic[T]):
       max_starting (int): workers being opened at once. Default 4.
       max_waiting (int): tasks allowed in line; one more gets `PoolOverloaded` at once.
           Default `math.inf`.
+      patience (float): when the line stands because too much is asked, a task is sent away with
+          `PoolOverloaded` once it has waited this share of its own timeout, so that those who are
+          served have time left. Default 0.4; 1 turns it off. A line that drains, and a task with
+          ``timeout=math.inf``, is left alone.
       hooks (Hooks): functions to be called in the life of a worker. Default none.
     """
 

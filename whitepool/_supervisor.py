@@ -11,7 +11,7 @@ from trio.lowlevel import enable_ki_protection
 
 from . import _housekeeping as housekeeping
 from ._backoff import Backoff
-from ._errors import CheckoutTimeout, PoolClosed, PoolStartError
+from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError
 from ._hooks import COUNTED_AS, Reason
 from ._line import Line
 from ._log import Troubles, log
@@ -35,7 +35,9 @@ class Supervisor(Generic[T]):
     def __init__(self, manager: WorkerManager[T], options: Options) -> None:
         self.options = options
         self.name = str(options.name)
-        self.line: Line[T] = Line(lifo=options.strategy == "lifo", timed_out=self._timed_out)
+        self.line: Line[T] = Line(
+            lifo=options.strategy == "lifo", patience=options.patience, refusal=self._refusal
+        )
         self.counts: Counter[str] = Counter()
         self.draining = False
         self.closed = trio.Event()
@@ -415,13 +417,14 @@ class Supervisor(Generic[T]):
         # server takes no new ones.
         return self._alive == len(self._workers) >= self._limit and self._backoff.last_error is None
 
-    def _timed_out(self) -> CheckoutTimeout:
-        """Make the error for a waiter whose time is up, while it is still known how things stood."""
-        self.counts["timeouts"] += 1
+    def _refusal(self, *, early: bool) -> CheckoutTimeout:
+        """Make the error for a task that is sent away, while it is still known how things stood."""
+        self.counts["overloads" if early else "timeouts"] += 1
         now = self.statistics()
-        error = CheckoutTimeout(
-            f"no worker of {self.name} came free in time: {now.in_use} in use, "
-            f"{now.starting} starting, {now.resetting} resetting, {now.waiting} waiting"
+        what = "is overloaded" if early else "has had no worker in time"
+        error = (PoolOverloaded if early else CheckoutTimeout)(
+            f"{self.name} {what}: {now.in_use} in use, {now.starting} starting, "
+            f"{now.resetting} resetting, {now.waiting} waiting"
         )
         error.__cause__ = self._backoff.last_error
         return error

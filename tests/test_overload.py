@@ -1,0 +1,187 @@
+"""A line that stands is thinned out early; one that drains, or is only held up, is not. (Rule 11.)"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+import trio.testing
+from workshop import Tool, Workshop, check_books
+
+import whitepool
+from whitepool._overload import StandingLine
+
+Clock = trio.testing.MockClock
+SERVICE, DEADLINE, WORKERS = 0.02, 0.25, 5
+CAPACITY = WORKERS / SERVICE
+
+
+@dataclass
+class Outcome:
+    """What became of the requests."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    refused_after: list[float] = field(default_factory=list)
+
+
+async def offer(
+    load: float, seconds: float, patience: float = 0.4, deadline: float = DEADLINE
+) -> Outcome:
+    """Offer requests at `load` times the capacity, at random, each with a deadline."""
+    outcome, rng = Outcome(), random.Random(7)
+
+    async def request(session: whitepool.Session[Tool]) -> None:
+        began = trio.current_time()
+        try:
+            async with session.worker(timeout=deadline):
+                await trio.sleep(SERVICE)
+        except whitepool.PoolOverloaded:
+            outcome.counts["overloaded"] += 1
+            outcome.refused_after.append(trio.current_time() - began)
+        except whitepool.CheckoutTimeout:
+            outcome.counts["timeouts"] += 1
+        else:
+            in_time = trio.current_time() - began <= deadline
+            outcome.counts["in time" if in_time else "late"] += 1
+
+    async with whitepool.open_pool(
+        Workshop().make, pool_size=WORKERS, max_overflow=0, patience=patience
+    ) as session:
+        async with trio.open_nursery() as nursery:
+            end = trio.current_time() + seconds
+            while trio.current_time() < end:
+                await trio.sleep(rng.expovariate(load * CAPACITY))
+                nursery.start_soon(request, session)
+        check_books(session.statistics())
+        assert session.statistics().overloads == outcome.counts["overloaded"]
+    return outcome
+
+
+async def test_below_its_capacity_the_pool_serves_everybody(autojump_clock: Clock) -> None:
+    """At 0.9 times what it can serve, nothing is shed."""
+    outcome = await offer(0.9, seconds=10)
+    assert set(outcome.counts) == {"in time"}
+
+
+@pytest.mark.parametrize("load", [1.5, 3, 10])
+async def test_goodput_under_overload(load: float, autojump_clock: Clock) -> None:
+    """At least 95 % of the capacity goes into answers that come in time."""
+    outcome = await offer(load, seconds=5)
+    assert outcome.counts["in time"] >= 0.95 * CAPACITY * 5
+    assert outcome.counts["timeouts"] <= 0.02 * outcome.counts["overloaded"]
+    # Sent away when a share of 0.4 is used up, but for those in line when it began to stand.
+    refused = sorted(outcome.refused_after)
+    assert refused[len(refused) // 2] == pytest.approx(0.4 * DEADLINE, abs=0.01)
+
+
+async def test_without_it_the_pool_collapses(autojump_clock: Clock) -> None:
+    """`patience=1` turns shedding off, and shows what it is good for."""
+    outcome = await offer(3, seconds=5, patience=1)
+    assert outcome.counts["overloaded"] == 0
+    assert outcome.counts["in time"] < 0.3 * CAPACITY * 5
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 45.0])
+async def test_a_burst_is_served_whole(timeout: float, autojump_clock: Clock) -> None:
+    """Ten thousand tasks at once, which the line can serve in 40 s, are all served, in order."""
+    served: list[int] = []
+
+    async def request(session: whitepool.Session[Tool], number: int) -> None:
+        async with session.worker(timeout=timeout):
+            served.append(number)
+            await trio.sleep(SERVICE)
+
+    async with whitepool.open_pool(Workshop().make, pool_size=WORKERS, max_overflow=0) as session:
+        async with trio.open_nursery() as nursery:
+            resources = [await session.block_checkout() for _ in range(WORKERS)]
+            for number in range(10_000):
+                nursery.start_soon(request, session, number)
+            await trio.testing.wait_all_tasks_blocked()
+            order = list(session._line.waiters)
+            for resource in resources:
+                session.checkin(resource)
+        assert len(served) == len(order) == 10_000
+        assert session.statistics().overloads == session.statistics().timeouts == 0
+
+
+async def test_a_stall_sheds_nobody_early(autojump_clock: Clock) -> None:
+    """While nobody is served at all, only those are sent away whose time is up."""
+    stalled = trio.Event()
+    ends: Counter[str] = Counter()
+
+    async def request(session: whitepool.Session[Tool]) -> None:
+        try:
+            async with session.worker(timeout=5):
+                await stalled.wait()
+                await trio.sleep(SERVICE)
+            ends["served"] += 1
+        except whitepool.CheckoutTimeout as error:
+            ends[type(error).__name__] += 1
+
+    async with whitepool.open_pool(Workshop().make, pool_size=WORKERS, max_overflow=0) as session:
+        async with trio.open_nursery() as nursery:
+            for number in range(1000):
+                if number == 450:
+                    stalled.set()
+                await trio.sleep(1 / (0.9 * CAPACITY))
+                nursery.start_soon(request, session)
+        assert ends == {"served": 1000}
+
+
+async def test_a_task_without_a_timeout_is_never_shed(autojump_clock: Clock) -> None:
+    """However long the line stands."""
+    served = 0
+
+    async def patient(session: whitepool.Session[Tool]) -> None:
+        nonlocal served
+        async with session.worker(timeout=math.inf):
+            await trio.sleep(SERVICE)
+        served += 1
+
+    async def hasty(session: whitepool.Session[Tool]) -> None:
+        try:
+            async with session.worker(timeout=DEADLINE):
+                await trio.sleep(SERVICE)
+        except whitepool.PoolOverloaded:
+            pass
+
+    async with whitepool.open_pool(Workshop().make, pool_size=WORKERS, max_overflow=0) as session:
+        async with trio.open_nursery() as nursery:
+            for number in range(2000):
+                await trio.sleep(1 / (3 * CAPACITY))
+                nursery.start_soon(hasty if number % 10 else patient, session)
+        assert served == 200
+        assert session.statistics().overloads > 500
+
+
+def test_what_stands() -> None:
+    """Slow, and for a whole period no fewer joined than were served, of which there were some."""
+    line = StandingLine(0.4)
+    line.look(0.3, 0, 1, joined=1000, served=1)
+    assert not line.stands  # what was before the first look says nothing
+
+    line = StandingLine(0.4)
+    assert line.look(0.02, 0, 1, joined=10, served=0) == pytest.approx(0.2)
+    assert not line.stands  # the first in line has not waited long
+    assert line.look(0.2, 0, 1, joined=10, served=0) == pytest.approx(0.22)
+    assert not line.stands  # the period is not over
+    line.look(0.22, 0, 1, joined=20, served=10)
+    assert line.stands
+    line.look(0.3, 0.08, 1, joined=20, served=20)
+    assert line.stands  # within the period
+    line.look(0.43, 0.2, 1, joined=25, served=20)
+    assert not line.stands  # it drains
+    line.look(0.64, 0.4, 1, joined=35, served=20)
+    assert not line.stands  # nobody was served
+    line.look(0.85, 0.6, 1, joined=45, served=21)
+    assert line.stands
+    line.look(0.9, 0.85, 1, joined=45, served=21)
+    assert not line.stands  # somebody will be served quickly
+    line.look(1.2, 0.85, 1, joined=55, served=31)
+    assert line.stands
+    line.is_gone()
+    assert not line.stands
