@@ -36,7 +36,7 @@ class EmbeddedPostgres:
         self._settings = {**SETTINGS, **settings}
         self.port = _free_port()
         self._server, self._run = _load(self._data)
-        self._server.ensure_pgdata_inited()
+        self._fill()
 
     @property
     def dsn(self) -> str:
@@ -47,6 +47,10 @@ class EmbeddedPostgres:
     def unix_dsn(self) -> str:
         """A connection string, over a Unix socket."""
         return f"host={self._data} port={self.port} user=postgres dbname=postgres"
+
+    def _fill(self) -> None:
+        """Make the files of a new server."""
+        self._server.ensure_pgdata_inited()
 
     def start(self) -> None:
         """Start the server, and return when it accepts connections."""

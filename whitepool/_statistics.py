@@ -64,13 +64,13 @@ class PoolStatistics:
     """Attempts to open a worker that failed."""
 
     retired: int
-    """Workers that the pool closed in good health: overflow that was no longer needed, shutdown."""
+    """Workers closed in good health: superfluous, idle or old ones, and those of a shutdown."""
 
     lost: int
-    """Workers that died: their host crashed or their peer hung up."""
+    """Workers that died: they crashed, their peer hung up, or a probe failed."""
 
     destroyed: int
-    """Workers that a client called broken, or that could not be reset."""
+    """Workers that a client called broken, or that could not be made ready for the next."""
 
     leaked: int
     """Workers whose resource was garbage-collected without having been returned."""
