@@ -281,3 +281,34 @@ async def test_a_worker_that_died_on_the_shelf_is_not_handed_out() -> None:
         async with session.worker() as tool:
             assert tool.number == 3
         assert session.statistics().lost == 2
+
+
+async def test_a_manager_that_raises_on_the_shelf_costs_the_worker_only() -> None:
+    """Who checks out gets another, and not the error."""
+    shop = Workshop()
+
+    class Broken(Manager):
+        def is_alive(self, worker: Tool) -> bool:
+            if worker.number == 1:
+                raise RuntimeError("a bug")
+            return True
+
+    async with whitepool.open_pool(Broken(shop), pool_size=1) as session:
+        await trio.sleep(0.002)
+        async with session.worker() as tool:
+            assert tool.number == 2
+        check_books(session.statistics())
+
+
+async def test_a_hanging_hook_does_not_hold_up_the_shutdown(autojump_clock: Clock) -> None:
+    """A worker that has to leave does so at once, whatever its host is at."""
+
+    async def hang() -> None:
+        await trio.sleep_forever()
+
+    hooks = whitepool.Hooks(after_release=hang)
+    async with whitepool.open_pool(Workshop().make, pool_size=1, hooks=hooks) as session:
+        async with session.worker():
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+    assert trio.current_time() == 0

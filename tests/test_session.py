@@ -8,7 +8,7 @@ import threading
 import tracemalloc
 import warnings
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -253,6 +253,7 @@ async def test_max_waiting(autojump_clock: trio.testing.MockClock) -> None:
             with pytest.raises(whitepool.PoolOverloaded) as caught:
                 await session.block_checkout()
             assert isinstance(caught.value, whitepool.CheckoutTimeout)
+            assert "1 in use, 0 starting, 0 resetting, 1 waiting" in str(caught.value)
             assert trio.current_time() == 0
             session.checkin(resource)
         assert session.statistics().overloads == 1
@@ -682,6 +683,32 @@ async def test_shutdown_gives_up_what_is_being_started() -> None:
         await session.safe_shutdown()
         assert session.statistics().starting == 0
         assert session.statistics().start_failures == 0
+
+
+@pytest.mark.parametrize("how", ["times out", "is cancelled"])
+async def test_shutdown_notices_that_the_last_in_line_has_given_up(
+    how: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Where no worker can be started for it, nobody else would tell. (Rule 10.)"""
+    shop = Workshop()
+
+    async def down(_: int) -> None:
+        raise OSError("connection refused")
+
+    async with whitepool.open_pool(
+        shop.make, pool_size=0, max_overflow=1, shutdown_timeout=math.inf
+    ) as session:
+        shop.before_open = down
+        async with trio.open_nursery() as nursery:
+
+            async def client() -> None:
+                with trio.move_on_after(3), suppress(whitepool.CheckoutTimeout):
+                    await session.block_checkout(timeout=3 if how == "times out" else math.inf)
+
+            nursery.start_soon(client)
+            await trio.testing.wait_all_tasks_blocked()
+            await session.safe_shutdown()
+        assert trio.current_time() == pytest.approx(3)
 
 
 async def test_repr_tells_how_the_pool_stands() -> None:

@@ -6,9 +6,13 @@ import math
 import random
 
 FIRST = 0.05
-# With the longest pause below a second, a pool is whole again within a second of the moment its
+# Seconds. As the longest pause is below one, a pool is whole again within a second of the moment its
 # server accepts connections.
 LONGEST = 0.8
+
+
+CALM = 5.0
+"""Seconds without a failure after which the next one is a first one again."""
 
 
 class Backoff:
@@ -24,19 +28,22 @@ class Backoff:
         self.retry_at = -math.inf
         """No start before this time."""
         self.failures = 0
-        """Failures since the last success; those of starts that were under way together are one."""
+        """Failures in a row; those of starts that were under way together are one."""
         self._last_failure = -math.inf
 
     def succeeded(self) -> None:
+        """Note that a start has succeeded: others need not wait."""
         self.last_error = None
         self.retry_at = -math.inf
-        self.failures = 0
 
     def failed(self, error: Exception, *, begun: float, now: float) -> None:
         """Note that a start which began at the time `begun` has failed."""
         self.last_error = error
         if begun <= self._last_failure:
             return  # it was under way when another failed: the same wave, not a further refusal
+        # Successes between them do not count: a server may take connections only to drop them.
+        if now > self._last_failure + CALM:
+            self.failures = 0
         self._last_failure = now
         # The exponent is bounded too: 2.0 ** 1024 overflows, after a quarter of an hour.
         bound = min(LONGEST, FIRST * 2.0 ** min(self.failures, 10))

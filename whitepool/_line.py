@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from typing import Generic, Protocol, TypeVar, cast
 
@@ -43,7 +44,9 @@ class Line(Generic[T]):
     of it, and one that is cancelled is out of the line in the same instant.
     """
 
-    def __init__(self, *, lifo: bool, patience: float, refusal: Refusal) -> None:
+    def __init__(
+        self, *, lifo: bool, patience: float, refusal: Refusal, left_unserved: Callable[[], None]
+    ) -> None:
         self.idle: deque[Worker[T]] = deque()
         """The shelf. The right end is the one that was in use last."""
         self.take = self.idle.pop if lifo else self.idle.popleft
@@ -54,6 +57,7 @@ class Line(Generic[T]):
         self.not_queueing: set[Task] = set()
         """Those in line that wait for a start, not for a return (`Session.nonblock_checkout`)."""
         self._refusal = refusal
+        self._left_unserved = left_unserved
         self._joined = 0
         self._served = 0
         self._patience = patience
@@ -83,6 +87,7 @@ class Line(Generic[T]):
 
         def abort(_: object) -> Abort:
             del self.waiters[task]
+            self._left_unserved()
             return Abort.SUCCEEDED
 
         return cast("Worker[T]", await wait_task_rescheduled(abort))
@@ -101,6 +106,7 @@ class Line(Generic[T]):
     def fail(self, task: Task, error: Exception) -> None:
         """Send a waiting task away."""
         del self.waiters[task]
+        self._left_unserved()
         reschedule(task, Error(error))
 
     @enable_ki_protection

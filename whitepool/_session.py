@@ -16,7 +16,7 @@ from trio.lowlevel import (
     enable_ki_protection,
 )
 
-from ._errors import NotCheckedOut, PoolClosed, PoolFull, PoolOverloaded
+from ._errors import NotCheckedOut, PoolClosed, PoolFull
 from ._hooks import call, call_now
 from ._options import check_seconds
 from ._statistics import PoolStatistics
@@ -98,11 +98,8 @@ class Session(Generic[T]):
         else:
             supervisor = self._supervisor
             if len(self._line.waiters) >= supervisor.options.max_waiting:
-                self._counts["overloads"] += 1
                 await cancel_shielded_checkpoint()
-                raise PoolOverloaded(
-                    f"{self.name}: {supervisor.options.max_waiting} tasks are waiting already"
-                )
+                raise supervisor.refusal(early=True)
             supervisor.one_is_lacking()
             resource = self._receipt(await self._line.join(timeout))
         if self._on_checkout is not None:

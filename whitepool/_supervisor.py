@@ -10,7 +10,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from . import _housekeeping as housekeeping
-from ._backoff import Backoff
+from ._backoff import CALM, Backoff
 from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError
 from ._hooks import COUNTED_AS, Reason
 from ._line import Line
@@ -22,6 +22,12 @@ from ._watch import HangupWatch
 from ._worker import Place, Worker
 
 T = TypeVar("T")
+
+TRIAL = 1.0
+"""Seconds. A worker that dies sooner has died young."""
+
+SHORTEST_REST = 0.01
+"""Seconds for which the housekeeping sleeps at least."""
 
 
 class Supervisor(Generic[T]):
@@ -36,7 +42,10 @@ class Supervisor(Generic[T]):
         self.options = options
         self.name = str(options.name)
         self.line: Line[T] = Line(
-            lifo=options.strategy == "lifo", patience=options.patience, refusal=self._refusal
+            lifo=options.strategy == "lifo",
+            patience=options.patience,
+            refusal=self.refusal,
+            left_unserved=self._one_has_left,
         )
         self.counts: Counter[str] = Counter()
         self.draining = False
@@ -58,6 +67,8 @@ class Supervisor(Generic[T]):
         self._expired: set[Worker[T]] = set()
         self._watch: HangupWatch[Worker[T]] = HangupWatch()
         self._backoff = Backoff()
+        self._early_deaths = 0
+        self._last_early_death = -math.inf
         self._opened = trio.Event()
         self._final_error: PoolStartError | None = None
         self._troubles = Troubles(self.name)
@@ -111,8 +122,8 @@ class Supervisor(Generic[T]):
             self._expired.discard(worker)
             self._watch.remove(worker.fileno, worker)
             self.counts[COUNTED_AS[reason]] += 1
-            if COUNTED_AS[reason] == "lost" and reason != "crashed":  # that one is told by `gone`
-                self._troubles.tell("worker_lost", reason=reason)
+            if COUNTED_AS[reason] == "lost":
+                self._mourn(worker, reason)
         else:
             self._starting -= 1
         worker.place = Place.LEAVING
@@ -131,14 +142,19 @@ class Supervisor(Generic[T]):
 
         It is off the shelf already. It may have died without the event loop's noticing yet.
         """
-        self._notice_hangups()
+        if self._watch:
+            self._notice_hangups()
         if worker.condemned == "hung_up":
             self.dismiss(worker, "hung_up")
             return False
-        if worker.is_alive is not None and not worker.is_alive(worker.obj):
+        try:
+            alive = worker.is_alive is None or worker.is_alive(worker.obj)
+        except Exception as error:
+            self._troubles.tell("manager_failed", error=str(error))
+            alive = False
+        if not alive:
             self.dismiss(worker, "dead")
-            return False
-        return True
+        return alive
 
     def may_start_one(self) -> bool:
         """Say whether one more waiter could get a worker of its own, now or once it is open."""
@@ -148,6 +164,18 @@ class Supervisor(Generic[T]):
         """Have a worker started for a task that is about to join the line, where there is room."""
         if len(self._workers) < self._limit:
             self.look_around()
+
+    def refusal(self, *, early: bool) -> CheckoutTimeout:
+        """Make the error for a task that is sent away, while it is still known how things stood."""
+        self.counts["overloads" if early else "timeouts"] += 1
+        now = self.statistics()
+        what = "is overloaded" if early else "has had no worker in time"
+        error = (PoolOverloaded if early else CheckoutTimeout)(
+            f"{self.name} {what}: {now.in_use} in use, {now.starting} starting, "
+            f"{now.resetting} resetting, {now.waiting} waiting"
+        )
+        error.__cause__ = self._backoff.last_error
+        return error
 
     def look_around(self) -> None:
         """Have the supervisor see what is missing, in its own task."""
@@ -233,7 +261,7 @@ class Supervisor(Generic[T]):
         worker.place = Place.LEAVING
         self._starting -= 1
         self.counts["start_failures"] += 1
-        self._backoff.failed(error, begun=begun, now=self.now())
+        self._fail_start(error, begun)
         self._troubles.tell("start_failed", error=str(error))
         if isinstance(error, PoolStartError) and not self._opened.is_set():
             self._final_error = error
@@ -242,7 +270,6 @@ class Supervisor(Generic[T]):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
             refusal.__cause__ = error
             self.line.fail(task, refusal)
-        self._nursery.start_soon(self._look_around_at, self._backoff.retry_at)
 
     def ready(self, worker: Worker[T]) -> None:
         self._inbox.send_nowait(worker)
@@ -331,6 +358,30 @@ class Supervisor(Generic[T]):
         if options.lazy or self._alive - self._in_host >= options.pool_size:
             self._opened.set()
 
+    def _one_has_left(self) -> None:
+        """A task has left the line without a worker: it may have been the last to be served."""
+        if self.draining:
+            self.look_around()
+
+    def _mourn(self, worker: Worker[T], reason: Reason) -> None:
+        """A worker has died. Where they keep dying young, starting them takes pauses, too."""
+        if reason != "crashed":  # that is told when it is known why
+            self._troubles.tell("worker_lost", reason=reason)
+        now = self.now()
+        if now < worker.opened_at + TRIAL:
+            if now > self._last_early_death + CALM:
+                self._early_deaths = 0
+            self._last_early_death = now
+            self._early_deaths += 1
+            # Each of them may have been unlucky once. Beyond that it is their successors that die.
+            if self._early_deaths > self._limit:
+                error = ConnectionError(f"workers are lost within {TRIAL} s of opening: {reason}")
+                self._fail_start(error, worker.opened_at)
+
+    def _fail_start(self, error: Exception, begun: float) -> None:
+        self._backoff.failed(error, begun=begun, now=self.now())
+        self._nursery.start_soon(self._look_around_at, self._backoff.retry_at)
+
     @enable_ki_protection
     async def _look_around_at(self, time: float) -> None:
         await trio.sleep_until(time)
@@ -367,7 +418,7 @@ class Supervisor(Generic[T]):
         while True:
             now = self.now()
             due = self._tidy(now)
-            await trio.sleep_until(min(due, now + shortest))
+            await trio.sleep_until(max(now + SHORTEST_REST, min(due, now + shortest)))
 
     def _tidy(self, now: float) -> float:
         """Do what is due, and say when something will be due again."""
@@ -416,15 +467,3 @@ class Supervisor(Generic[T]):
         # Without room for a new one first, an old one must make it: one at a time, and not while the
         # server takes no new ones.
         return self._alive == len(self._workers) >= self._limit and self._backoff.last_error is None
-
-    def _refusal(self, *, early: bool) -> CheckoutTimeout:
-        """Make the error for a task that is sent away, while it is still known how things stood."""
-        self.counts["overloads" if early else "timeouts"] += 1
-        now = self.statistics()
-        what = "is overloaded" if early else "has had no worker in time"
-        error = (PoolOverloaded if early else CheckoutTimeout)(
-            f"{self.name} {what}: {now.in_use} in use, {now.starting} starting, "
-            f"{now.resetting} resetting, {now.waiting} waiting"
-        )
-        error.__cause__ = self._backoff.last_error
-        return error

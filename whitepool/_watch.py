@@ -29,35 +29,31 @@ class HangupWatch(Generic[T]):
         return bool(self._watched)
 
     def add(self, fileno: int | None, worker: T) -> None:
-        """Watch a descriptor, unless there is none."""
-        if self._epoll is None or fileno is None:
-            return
-        try:
-            self._epoll.register(fileno, select.EPOLLRDHUP)
-        except FileExistsError:
-            # The number is in use again: the descriptor that had it was closed without our knowing,
-            # and a copy of it keeps the old one registered.
-            self._epoll.modify(fileno, select.EPOLLRDHUP)
-        except (OSError, ValueError):
-            return  # it can't be watched: a regular file, or closed already
-        self._watched[fileno] = worker
+        """Watch a descriptor, unless there is none, or it can't be watched (a regular file)."""
+        if self._epoll is not None and fileno is not None:
+            with suppress(OSError, ValueError):
+                self._epoll.register(fileno, select.EPOLLRDHUP)
+                self._watched[fileno] = worker
 
     def remove(self, fileno: int | None, worker: T) -> None:
         """Stop watching a descriptor. It need not be watched."""
         # The number may be another worker's by now.
         if fileno is not None and self._watched.get(fileno) is worker:
-            del self._watched[fileno]
             self._forget(fileno)
 
     def hung_up(self) -> list[T]:
         """Return the workers whose peers have hung up since, and stop watching them."""
         found = []
-        if self._epoll is not None and self._watched:
+        if self._epoll is not None and not self._epoll.closed:
+            stale = False
             for fileno, _ in self._epoll.poll(0):
-                self._forget(fileno)
-                worker = self._watched.pop(fileno, None)
-                if worker is not None:
-                    found.append(worker)
+                if fileno in self._watched and _has_hung_up(fileno):
+                    found.append(self._watched[fileno])
+                    self._forget(fileno)
+                else:
+                    stale = True
+            if stale:
+                self._renew()
         return found
 
     async def wait(self) -> None:
@@ -65,14 +61,38 @@ class HangupWatch(Generic[T]):
         if self._epoll is None:
             await trio.sleep_forever()
         else:
-            await trio.lowlevel.wait_readable(self._epoll)
+            with suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._epoll)
 
     def close(self) -> None:
+        """Stop watching everything. The descriptors stay open."""
+        self._watched.clear()
         if self._epoll is not None:
-            self._watched.clear()
             self._epoll.close()
 
     def _forget(self, fileno: int) -> None:
         assert self._epoll is not None
+        del self._watched[fileno]
         with suppress(OSError):  # it was closed, and the kernel has forgotten it
             self._epoll.unregister(fileno)
+
+    def _renew(self) -> None:
+        """Begin again, with those that are watched.
+
+        A descriptor that was closed without our knowing is remembered by the kernel for as long as
+        there is a copy of it, as a child process may have one. It can't be unregistered any more.
+        """
+        assert self._epoll is not None
+        watched = self._watched.copy()
+        trio.lowlevel.notify_closing(self._epoll)
+        self.close()
+        self._epoll = select.epoll()
+        for fileno, worker in watched.items():
+            self.add(fileno, worker)
+
+
+def _has_hung_up(fileno: int) -> bool:
+    """Ask of one descriptor what the epoll descriptor says of its number."""
+    poller = select.poll()
+    poller.register(fileno, select.POLLRDHUP)
+    return bool(poller.poll(0))

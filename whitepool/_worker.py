@@ -60,6 +60,7 @@ class Worker(Generic[T]):
         "jitter",
         "needs_reset",
         "obj",
+        "opened_at",
         "place",
         "probed",
         "probing",
@@ -74,6 +75,7 @@ class Worker(Generic[T]):
         """Why it has to leave."""
         # Between 0.9 and 1: workers that were opened together don't reconnect together.
         self.jitter = random.uniform(0.9, 1)
+        self.opened_at = -math.inf
         self.expires = math.inf
         self.idle_since = -math.inf
         self.probed = -math.inf
@@ -200,8 +202,9 @@ class Worker(Generic[T]):
 
     async def _call_quietly(self, hook: str, timeout: float, *arguments: object) -> None:
         """Call a hook that can't change anything any more."""
+        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout, shield=True)
         try:
-            with trio.CancelScope(deadline=trio.current_time() + timeout, shield=True):
+            with self._activity:
                 await call(getattr(self._options.hooks, hook), *arguments)
         except Exception as error:
             self._owner.hook_failed(hook, error)
@@ -216,6 +219,5 @@ class Worker(Generic[T]):
             self.needs_reset = manager.needs_reset
         self.can_be_checked = kind.check is not WorkerManager.check
         self.fileno = manager.fileno(self.obj)
-        now = trio.current_time()
-        self.probed = now
+        self.opened_at = self.probed = now = trio.current_time()
         self.expires = now + self._options.max_lifetime * self.jitter

@@ -1,0 +1,564 @@
+"""Random uses of a pool, which a model that fits on one page must not be contradicted by.
+
+The model knows who holds what, who waits in which order, and what became of each tool. It doesn't know
+how the pool works: everything that it checks after each step is something that a client could notice.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import threading
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import hypothesis.strategies as st
+import trio
+import trio.testing
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from workshop import Manager, Tool, Workshop, check_books
+
+import whitepool
+
+R = TypeVar("R")
+
+RESET_TIMEOUT = 2.0
+START_TIMEOUT = 5.0
+LONGEST_PAUSE = 0.8
+"""Seconds for which the pool leaves a server alone that has refused, at most."""
+
+
+class BackgroundTrio:
+    """A Trio in a thread of its own, where time stands still until it is told to pass."""
+
+    def __init__(self) -> None:
+        self.clock = trio.testing.MockClock()
+        self.nursery: trio.Nursery
+        self._token: trio.lowlevel.TrioToken
+        self._is_up = threading.Event()
+        self._thread = threading.Thread(target=lambda: trio.run(self._main, clock=self.clock))
+        self._thread.start()
+        self._is_up.wait()
+        # The run can be repeated only if this thread and that one never compete.
+        self.run(trio.lowlevel.checkpoint)
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with trio.open_nursery() as self.nursery:
+            self._is_up.set()
+            await trio.sleep_forever()
+
+    def run(self, function: Callable[..., Awaitable[R]], *arguments: Any) -> R:
+        """Call a function in there, and let everything happen that follows from it at once."""
+
+        async def call() -> R:
+            result = await function(*arguments)
+            await trio.testing.wait_all_tasks_blocked()
+            return result
+
+        return trio.from_thread.run(call, trio_token=self._token)
+
+    async def let_pass(self, seconds: float) -> None:
+        """Let time pass as it does: whatever falls due, falls due one after the other."""
+        self.clock.autojump_threshold = 0
+        await trio.sleep(seconds)
+        self.clock.autojump_threshold = math.inf
+
+    def stop(self) -> None:
+        trio.from_thread.run_sync(self.nursery.cancel_scope.cancel, trio_token=self._token)
+        self._thread.join(timeout=10)
+        assert not self._thread.is_alive()
+
+
+class Moody(Manager):
+    """A manager of tools that can die in every way, and whose every action may be slow or fail."""
+
+    def __init__(self) -> None:
+        shop = Workshop()
+        super().__init__(shop)
+        shop.before_open = self._before_open
+        shop.before_close = self._before_close
+        self.before_reset = self._before_reset
+        self.complaints: list[str] = []
+        self.crashed: set[Tool] = set()
+        self.hung_up: set[Tool] = set()
+        self.peers: dict[Tool, tuple[socket.socket, socket.socket]] = {}
+        self.last_failure = -math.inf
+        self.rush = 0
+        """Workers that were started in this step, without time having passed."""
+        self._rush_at = -math.inf
+        self.repair()
+
+    def repair(self) -> None:
+        self.opens = self.resets_are = self.checks = self.closes = "ok"
+        self.confused = False
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[Tool]:
+        begun = trio.current_time()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            async with self.shop.with_nursery() as tool:
+                self.peers[tool] = ours, theirs
+                if trio.current_time() >= begun + START_TIMEOUT:
+                    self.last_failure = trio.current_time()  # open, but too late
+                yield tool
+
+    def fileno(self, worker: Tool) -> int:
+        return self.peers[worker][0].fileno()
+
+    def is_alive(self, worker: Tool) -> bool:
+        if self.confused:
+            raise RuntimeError("a bug in is_alive")
+        return super().is_alive(worker)
+
+    async def check(self, worker: Tool) -> None:
+        await self._act(self.checks, worker)
+
+    async def _before_reset(self, tool: Tool) -> None:
+        await self._act(self.resets_are, tool)
+
+    async def _act(self, mood: str, tool: Tool) -> None:
+        if mood == "slow":
+            await trio.sleep(1)
+        elif mood == "hanging":
+            await trio.sleep_forever()
+        if mood == "failing" or tool in self.dead:
+            raise OSError("no answer")
+
+    async def _before_open(self, attempt: int) -> None:
+        now = trio.current_time()
+        self.rush = self.rush + 1 if now == self._rush_at else 1
+        self._rush_at = now
+        if self.rush > 40:
+            self.complaints.append("workers are started without end, while no time passes")
+            await trio.sleep_forever()
+        try:
+            if self.opens == "slow":
+                await trio.sleep(0.7)
+            elif self.opens == "hanging":
+                await trio.sleep_forever()
+            if self.opens == "failing" or (self.opens == "flaky" and attempt % 2):
+                raise OSError("connection refused")
+        except BaseException:
+            self.last_failure = trio.current_time()
+            raise
+
+    async def _before_close(self, _: Tool) -> None:
+        if self.closes == "slow":
+            await trio.sleep(1)
+
+
+@dataclass(eq=False)
+class Client:
+    """A task that wants a worker."""
+
+    number: int
+    """Clients come one after the other: the one with the smaller number joined the line first."""
+    deadline: float
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    end: str = "waiting"
+    ended_at: float = math.inf
+
+
+seconds = st.sampled_from([0.05, 0.5, 2.0, 10.0, 40.0])
+any_of = st.integers(0, 11)
+"""Which one of however many there are."""
+moods = st.sampled_from(["ok", "slow", "failing", "hanging"])
+periods = st.one_of(st.just(math.inf), st.integers(5, 30).map(float))
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Hypothesis chooses a pool and what happens to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trio = BackgroundTrio()
+        self.manager = Moody()
+        self.shop = self.manager.shop
+        self.complaints = self.manager.complaints
+        self.clients: list[Client] = []
+        self.leases: list[whitepool.Resource[Tool]] = []
+        self.held: set[Tool] = set()
+        self.returned: list[whitepool.Resource[Tool]] = []
+        self.leaked = 0
+        self.steps = 0
+        self.draining = False
+        self.closes_by = math.inf
+        """When whatever is out will be closed."""
+
+    @initialize(
+        seed=st.random_module(),  # of Trio's scheduler too
+        pool_size=st.integers(0, 3),
+        max_overflow=st.integers(0, 3),
+        strategy=st.sampled_from(["lifo", "fifo"]),
+        lazy=st.booleans(),
+        overflow_ttl=st.sampled_from([0.0, 1.0, 10.0, math.inf]),
+        idle_timeout=periods,
+        max_lifetime=periods,
+        check_interval=st.sampled_from([math.inf, 3.0]),
+        with_hooks=st.booleans(),
+    )
+    def open(self, seed: object, with_hooks: bool, **options: Any) -> None:
+        async def open_it() -> whitepool.Session[Tool]:
+            session: whitepool.Session[Tool] = await self.trio.nursery.start(pool.run_service)
+            return session
+
+        if with_hooks:  # every returned worker passes through its host
+            hooks = whitepool.Hooks(on_checkin=lambda _: None, after_release=trio.lowlevel.checkpoint)
+            options["hooks"] = hooks
+        self.limit = options["pool_size"] + options["max_overflow"]
+        self.options = options
+        pool = whitepool.Pool(
+            self.manager, reset_timeout=RESET_TIMEOUT, start_timeout=START_TIMEOUT, **options
+        )
+        self.session = self.trio.run(open_it)
+
+    # -- Clients ---------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> list[Client]:
+        return [client for client in self.clients if client.end == "waiting"]
+
+    async def _client(self, client: Client, checkout: Callable[[], Awaitable[Any]]) -> None:
+        with client.scope:
+            try:
+                resource = await checkout()
+            except whitepool.CheckoutTimeout:
+                client.end = "timed out"
+                if trio.current_time() < client.deadline:
+                    self.complaints.append(f"{client} timed out too early")
+            except (whitepool.PoolError, RuntimeError) as error:
+                client.end = type(error).__name__
+            else:
+                client.end = "served"
+                self._receive(resource)
+        if client.scope.cancelled_caught:
+            client.end = "cancelled"
+        client.ended_at = trio.current_time()
+
+    def _receive(self, resource: whitepool.Resource[Tool]) -> None:
+        tool = resource.get()
+        reasons = {
+            "held by somebody else": self.held,
+            "dirty": self.manager.dirty,
+            "dead": self.manager.dead,
+            "crashed": self.manager.crashed,
+            "hung up": self.manager.hung_up,
+            "closed": {tool for tool in self.shop.tools if tool.closed},
+        }
+        for reason, tools in reasons.items():
+            if tool in tools:
+                self.complaints.append(f"{tool} was given out, which is {reason}")
+        self.held.add(tool)
+        self.leases.append(resource)
+
+    async def _enter(self, timeout: float, checkout: Callable[[], Awaitable[Any]]) -> None:
+        client = Client(len(self.clients), trio.current_time() + timeout)
+        self.clients.append(client)
+        self.trio.nursery.start_soon(self._client, client, checkout)
+
+    @rule(timeout=st.sampled_from([0.0, 0.5, 3.0, math.inf]))
+    def block_checkout(self, timeout: float) -> None:
+        self.trio.run(self._enter, timeout, lambda: self.session.block_checkout(timeout))
+
+    @rule()
+    def nonblock_checkout(self) -> None:
+        self.trio.run(self._enter, math.inf, self.session.nonblock_checkout)
+
+    @rule()
+    def checkout_nowait(self) -> None:
+        async def checkout() -> whitepool.Resource[Tool]:
+            try:
+                return self.session.checkout_nowait()
+            except trio.WouldBlock:
+                raise whitepool.PoolFull from None
+
+        self.trio.run(self._enter, math.inf, checkout)
+
+    @precondition(lambda self: self.waiting)
+    @rule(which=any_of)
+    def cancel_a_waiting_client(self, which: int) -> None:
+        async def cancel() -> None:
+            client.scope.cancel()
+
+        client = self.waiting[which % len(self.waiting)]
+        self.trio.run(cancel)
+        assert client.end == "cancelled"
+
+    @precondition(lambda self: self.waiting and self.leases)
+    @rule(which=any_of, cancel_first=st.booleans())
+    def cancel_in_the_moment_of_a_return(self, which: int, cancel_first: bool) -> None:
+        async def both() -> None:
+            if cancel_first:
+                client.scope.cancel()
+            self._give_back(which, self.session.checkin)
+            client.scope.cancel()
+
+        client = self.waiting[0]  # it is the one to be served
+        self.trio.run(both)
+        assert client.end in ("cancelled", "served")
+
+    # -- Returns ---------------------------------------------------------------------------------------
+
+    def _give_back(self, which: int, give_back: Callable[[whitepool.Resource[Tool]], None]) -> None:
+        resource = self.leases.pop(which % len(self.leases))
+        self.held.remove(resource.get())
+        give_back(resource)
+        self.returned.append(resource)
+
+    @precondition(lambda self: self.leases)
+    @rule(which=any_of, dirty=st.booleans())
+    def checkin(self, which: int, dirty: bool) -> None:
+        async def checkin() -> None:
+            if dirty:
+                self.manager.dirty.add(self.leases[which % len(self.leases)].get())
+            self._give_back(which, self.session.checkin)
+
+        self.trio.run(checkin)
+
+    @precondition(lambda self: self.leases)
+    @rule(which=any_of)
+    def destroyed(self, which: int) -> None:
+        async def destroyed() -> None:
+            self._give_back(which, self.session.destroyed)
+
+        self.trio.run(destroyed)
+
+    @precondition(lambda self: self.returned)
+    @rule(which=any_of, broken=st.booleans())
+    def return_again(self, which: int, broken: bool) -> None:
+        async def return_again() -> None:
+            before = self.session.statistics()
+            try:
+                give_back(self.returned[which % len(self.returned)])
+            except whitepool.NotCheckedOut:
+                assert self.session.statistics() == before
+            else:
+                raise AssertionError("it was accepted")
+
+        give_back = self.session.destroyed if broken else self.session.checkin
+        self.trio.run(return_again)
+
+    @precondition(lambda self: self.leases)
+    @rule(which=any_of)
+    def leak(self, which: int) -> None:
+        async def forget() -> None:
+            resource = self.leases.pop(which % len(self.leases))
+            tool = resource.get()
+            self.held.remove(tool)
+            self.leaked += tool in self._tools_in_use([tool])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                del resource  # the last reference
+
+        self.trio.run(forget)
+
+    # -- Misfortunes -----------------------------------------------------------------------------------
+
+    def _tool(self, which: int, busy: bool) -> Tool | None:
+        there = [tool for tool in self.shop.alive if (tool in self.held) is busy]
+        return there[which % len(there)] if there else None
+
+    @rule(which=any_of, busy=st.booleans(), how=st.sampled_from(["crashes", "hangs up", "is dead"]))
+    def a_worker_dies(self, which: int, busy: bool, how: str) -> None:
+        async def kill(tool: Tool) -> None:
+            if how == "crashes":
+                self.manager.crashed.add(tool)
+                tool.crash.set()
+            elif how == "hangs up":
+                self.manager.hung_up.add(tool)
+                self.manager.peers[tool][1].close()
+            else:
+                self.manager.dead.add(tool)
+                # One that was returned in this very millisecond isn't asked again.
+                await self.trio.let_pass(0.002)
+
+        tool = self._tool(which, busy)
+        if tool is not None:
+            self.trio.run(kill, tool)
+
+    @rule(mood=st.sampled_from(["ok", "slow", "failing", "flaky", "hanging"]))
+    def opening_is(self, mood: str) -> None:
+        self.manager.opens = mood
+
+    @rule(mood=moods)
+    def resetting_is(self, mood: str) -> None:
+        self.manager.resets_are = mood
+
+    @rule(mood=moods)
+    def probing_is(self, mood: str) -> None:
+        self.manager.checks = mood
+
+    @rule(mood=st.sampled_from(["ok", "slow"]))
+    def closing_is(self, mood: str) -> None:
+        self.manager.closes = mood
+
+    @rule(confused=st.booleans())
+    def the_manager_is_confused(self, confused: bool) -> None:
+        self.manager.confused = confused
+
+    # -- Time ------------------------------------------------------------------------------------------
+
+    @rule(seconds=seconds)
+    def time_passes(self, seconds: float) -> None:
+        before = self.shop.attempts
+        starts_fail = self.manager.opens not in ("ok", "slow") or self.manager.checks != "ok"
+        self.trio.run(self.trio.let_pass, seconds)
+        if not starts_fail:
+            # Each worker has been replaced once by the end of its life, and each a few times more
+            # for some other reason. Workers that come and go for nothing are many more.
+            shortest = 0.9 * min(self.options["idle_timeout"], self.options["max_lifetime"])
+            assert self.shop.attempts - before <= 5 + 2 * self.limit * (1 + seconds / shortest)
+
+    @rule(seconds=seconds)
+    def the_machine_sleeps(self, seconds: float) -> None:
+        async def jump() -> None:
+            self.trio.clock.jump(seconds)
+
+        self.trio.run(jump)
+
+    @rule()
+    def all_is_well_in_the_end(self) -> None:
+        """Everything is repaired and returned: the pool must become whole, or closed."""
+
+        async def until_the_dust_has_settled() -> None:
+            self.manager.repair()
+            if self.limit == 0:
+                for client in self.waiting:
+                    client.scope.cancel()
+            for _ in range(100):
+                while self.leases:
+                    self._give_back(0, self.session.checkin)
+                await self.trio.let_pass(1)
+                if not self.waiting and not self.leases:
+                    break
+            await self.trio.let_pass(60)
+
+        self.trio.run(until_the_dust_has_settled)
+        now = self.session.statistics()
+        assert not self.waiting
+        if self.draining:
+            assert now.state == "closed"
+            return
+        assert (now.in_use, now.starting, now.resetting, now.waiting) == (0, 0, 0, 0)
+        if not self.options["lazy"]:
+            assert now.idle >= now.pool_size
+        if self.options["overflow_ttl"] != math.inf:
+            assert now.idle <= now.pool_size
+
+    # -- The end ---------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.steps > 12)
+    @rule(timeout=st.sampled_from([0.0, 3.0, math.inf]))
+    def shut_down(self, timeout: float) -> None:
+        async def shut_down() -> None:
+            await self.session.safe_shutdown(timeout)
+            if self.shop.alive or self.shop.opening:
+                self.complaints.append("safe_shutdown returned before everything was closed")
+
+        async def begin() -> None:
+            self.draining = True
+            self.closes_by = min(self.closes_by, trio.current_time() + timeout)
+            self.trio.nursery.start_soon(shut_down)
+
+        self.trio.run(begin)
+
+    def teardown(self) -> None:
+        try:
+            if hasattr(self, "session"):
+                self.trio.run(self._shut_down_now)
+                assert not self.complaints
+                assert not self.shop.alive
+                assert not self.shop.opening
+                assert not self.waiting
+                now = self.session.statistics()
+                check_books(now)
+                assert now.state == "closed"
+                for resource in self.leases:
+                    self.session.checkin(resource)  # late, but in good standing
+        finally:
+            self.trio.stop()
+
+    async def _shut_down_now(self) -> None:
+        self.trio.clock.autojump_threshold = 0
+        await self.session.safe_shutdown(0)
+
+    # -- What must hold after each step ----------------------------------------------------------------
+
+    @invariant()
+    def nothing_contradicts_the_model(self) -> None:
+        self.steps += 1
+        self.manager.rush = 0
+        assert not self.complaints
+        self._the_books_add_up()
+        self._the_bounds_hold()
+        self._nobody_is_overtaken()
+        self._nobody_waits_in_vain()
+        self._a_drained_pool_closes()
+
+    def _tools_in_use(self, tools: list[Tool]) -> list[Tool]:
+        """Of tools that clients hold, those which the pool counts: it has not closed them yet."""
+        if self.closes_by <= self.trio.clock.current_time():
+            return []
+        return [tool for tool in tools if tool not in self.manager.crashed]
+
+    def _the_books_add_up(self) -> None:
+        now = self.session.statistics()
+        check_books(now)
+        assert now.in_use == len(self._tools_in_use([resource.get() for resource in self.leases]))
+        assert now.waiting == len(self.waiting)
+        assert now.leaked == self.leaked
+        ends = [client.end for client in self.clients]
+        assert now.checkouts == ends.count("served")
+        assert now.timeouts == ends.count("timed out")
+
+    def _the_bounds_hold(self) -> None:
+        # From the factory's side, where a worker that is being closed still counts.
+        assert self.shop.most_alive <= self.limit
+
+    def _nobody_is_overtaken(self) -> None:
+        served = [client for client in self.clients if client.end == "served"]
+        for late in served[-20:]:
+            for early in self.clients[: late.number]:
+                # Those who are served at the same time resume in any order.
+                assert early.ended_at <= late.ended_at, f"{late} overtook {early}"
+
+    def _nobody_waits_in_vain(self) -> None:
+        now = self.trio.clock.current_time()
+        for client in self.waiting:
+            assert now < client.deadline, f"{client} was forgotten"
+        if now - self.manager.last_failure <= LONGEST_PAUSE:
+            return
+        # Otherwise what is missing is being started.
+        there = len(self.shop.alive) + self.shop.opening
+        if self.waiting and there < self.limit:
+            assert self.shop.opening
+        if not self.options["lazy"] and not self.draining and there < self.options["pool_size"]:
+            assert self.shop.opening
+
+    def _a_drained_pool_closes(self) -> None:
+        now = self.session.statistics()
+        if self.draining and not now.waiting and not now.in_use:
+            assert not self.shop.opening, "nobody needs that any more"
+            if not self.shop.alive:
+                assert now.state == "closed"
+        if now.state == "closed":
+            assert self.draining
+            assert not self.shop.alive
+            assert not now.waiting
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)

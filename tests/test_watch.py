@@ -1,0 +1,350 @@
+"""A peer that hangs up is noticed, and nothing else is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+from workshop import check_books
+
+import whitepool
+from whitepool._watch import HangupWatch
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
+
+Pair = tuple[socket.socket, socket.socket]
+"""Our end of a connection, and the peer's."""
+
+PATIENCE = 0.1
+"""Seconds in which nothing may happen. The kernel would tell at once."""
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    ours, theirs = connect(request.param)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.fixture
+def watch() -> Iterator[HangupWatch[str]]:
+    watch: HangupWatch[str] = HangupWatch()
+    yield watch
+    watch.close()
+
+
+def connect(kind: str = "unix") -> Pair:
+    if kind == "unix":
+        return socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+        return ours, theirs
+
+
+def connect_at(number: int) -> Pair:
+    """Connect, with this number for our descriptor; it must be free."""
+    ours, theirs = connect()
+    if theirs.fileno() == number:
+        return theirs, ours
+    if ours.fileno() != number:
+        moved = socket.socket(fileno=os.dup2(ours.fileno(), number))
+        ours.close()
+        return moved, theirs
+    return ours, theirs
+
+
+async def news(watch: HangupWatch[str]) -> list[str]:
+    """Wait until there is something to tell, and return it."""
+    with trio.fail_after(5):
+        await watch.wait()
+    return watch.hung_up()
+
+
+async def is_quiet(watch: HangupWatch[Any]) -> bool:
+    """Say whether nobody is woken."""
+    with trio.move_on_after(PATIENCE):
+        await watch.wait()
+        return False
+    return True
+
+
+async def test_traffic_wakes_nobody(pair: Pair, watch: HangupWatch[str]) -> None:
+    """Data that arrives, is read, or is left unread is none of the watch's business."""
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    theirs.sendall(b"x" * 10_000)
+    assert await is_quiet(watch)
+    ours.recv(100)
+    ours.sendall(b"y" * 10_000)
+    assert await is_quiet(watch)
+    assert watch.hung_up() == []
+    assert watch
+
+
+async def test_a_hang_up_is_told_once(pair: Pair, watch: HangupWatch[str]) -> None:
+    """A peer that closes wakes the watch, which tells of it and then forgets the worker."""
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    theirs.close()
+    assert await news(watch) == ["worker"]
+    assert not watch
+    assert watch.hung_up() == []
+    assert await is_quiet(watch)
+
+
+async def test_unread_data_hides_no_hang_up(pair: Pair, watch: HangupWatch[str]) -> None:
+    """A peer's last words need not be read before its hang-up is noticed."""
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    theirs.sendall(b"FATAL: goodbye")
+    theirs.close()
+    assert await news(watch) == ["worker"]
+    assert ours.recv(100) == b"FATAL: goodbye"
+
+
+async def test_half_a_hang_up_is_one(pair: Pair, watch: HangupWatch[str]) -> None:
+    """A peer that will send nothing more is of no use, even where it still listens."""
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    theirs.shutdown(socket.SHUT_WR)
+    assert await news(watch) == ["worker"]
+
+
+async def test_a_reset_is_a_hang_up(watch: HangupWatch[str]) -> None:
+    """A connection that the peer aborts is noticed like one that it closes."""
+    ours, theirs = connect("tcp")
+    with ours, theirs:
+        watch.add(ours.fileno(), "worker")
+        ours.sendall(b"what the peer leaves unread makes its close a reset")
+        theirs.close()
+        assert await news(watch) == ["worker"]
+
+
+async def test_a_hang_up_before_the_watch_began(pair: Pair, watch: HangupWatch[str]) -> None:
+    """It is noticed all the same."""
+    ours, theirs = pair
+    theirs.close()
+    watch.add(ours.fileno(), "worker")
+    assert await news(watch) == ["worker"]
+
+
+async def test_all_who_hung_up_are_told_at_once(watch: HangupWatch[str]) -> None:
+    """One look finds every worker whose peer is gone, and no other."""
+    pairs = [connect() for _ in range(50)]
+    for number, (ours, _) in enumerate(pairs):
+        watch.add(ours.fileno(), f"worker {number}")
+    for _, theirs in pairs[::2]:
+        theirs.close()
+    assert sorted(await news(watch)) == sorted(f"worker {number}" for number in range(0, 50, 2))
+    assert await is_quiet(watch)
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
+async def test_a_removed_worker_is_not_told(pair: Pair, watch: HangupWatch[str]) -> None:
+    """What is watched no more is silent."""
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    watch.remove(ours.fileno(), "worker")
+    assert not watch
+    theirs.close()
+    assert await is_quiet(watch)
+    assert watch.hung_up() == []
+
+
+async def test_removing_what_is_not_watched(pair: Pair, watch: HangupWatch[str]) -> None:
+    """It does nothing, least of all to others."""
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    for fileno in (None, -1, 10_000, theirs.fileno(), ours.fileno()):
+        watch.remove(fileno, "another worker")
+    theirs.close()
+    assert await news(watch) == ["worker"]
+    watch.remove(ours.fileno(), "worker")
+
+
+async def test_a_descriptor_that_its_owner_closed(watch: HangupWatch[str]) -> None:
+    """A client may close the worker: that tells nobody, and it can still be removed."""
+    ours, theirs = connect()
+    fileno = ours.fileno()
+    watch.add(fileno, "worker")
+    ours.close()
+    theirs.close()
+    assert await is_quiet(watch)
+    watch.remove(fileno, "worker")
+    assert not watch
+
+
+async def test_a_descriptor_number_that_is_used_again(watch: HangupWatch[str]) -> None:
+    """The number belongs to the new worker: the old one's end does not touch it."""
+    ours, theirs = connect()
+    fileno = ours.fileno()
+    watch.add(fileno, "old")
+    ours.close()
+    theirs.close()
+    ours, theirs = connect_at(fileno)
+    with ours, theirs:
+        watch.add(fileno, "new")
+        watch.remove(fileno, "old")
+        theirs.sendall(b"traffic")
+        assert await is_quiet(watch)
+        theirs.close()
+        assert await news(watch) == ["new"]
+
+
+async def test_a_copy_of_a_closed_descriptor(watch: HangupWatch[str]) -> None:
+    """A child process that holds copies of our sockets, as after a fork, keeps no core busy.
+
+    The kernel goes on watching a descriptor that was closed here, for as long as a copy is open.
+    """
+    ours, theirs = connect()
+    fileno, copy = ours.fileno(), os.dup(ours.fileno())
+    watch.add(fileno, "worker")
+    ours.close()
+    watch.remove(fileno, "worker")
+    theirs.close()
+    woken = 0
+    with trio.move_on_after(PATIENCE):
+        while True:
+            await watch.wait()
+            assert watch.hung_up() == []
+            woken += 1
+    os.close(copy)
+    assert woken <= 1
+
+
+async def test_a_copy_and_a_number_that_is_used_again(watch: HangupWatch[str]) -> None:
+    """A worker is not blamed, not even once, for what happens to the last owner of its number."""
+    ours, theirs = connect()
+    fileno, copy = ours.fileno(), os.dup(ours.fileno())
+    watch.add(fileno, "old")
+    ours.close()
+    watch.remove(fileno, "old")
+    new_ours, new_theirs = connect_at(fileno)
+    with new_ours, new_theirs:
+        watch.add(fileno, "new")
+        theirs.close()
+        await is_quiet(watch)
+        found = watch.hung_up()
+        os.close(copy)
+        assert not found
+        new_theirs.close()
+        assert await news(watch) == ["new"]
+
+
+async def test_what_can_not_be_watched(watch: HangupWatch[str]) -> None:
+    """A worker without a descriptor, or with one that has no peer, is left in peace."""
+    with tempfile.TemporaryFile() as file:
+        watch.add(file.fileno(), "worker on a file")
+        closed = os.dup(file.fileno())
+        os.close(closed)
+        watch.add(closed, "worker that is closed")
+        watch.add(-1, "worker that says it is closed")
+        watch.add(None, "worker without a descriptor")
+        assert not watch
+        assert await is_quiet(watch)
+        watch.remove(file.fileno(), "worker on a file")
+
+
+async def test_a_closed_watch_is_empty(pair: Pair) -> None:
+    """Closing the watch leaves the descriptors alone, and may be done twice."""
+    ours, theirs = pair
+    watch: HangupWatch[str] = HangupWatch()
+    watch.add(ours.fileno(), "worker")
+    watch.close()
+    watch.close()
+    assert not watch
+    assert watch.hung_up() == []
+    theirs.sendall(b"still open")
+    assert ours.recv(100) == b"still open"
+
+
+# -- The watch in the pool: any worker with a descriptor will do. --------------------------------------
+
+
+class Exchange:
+    """A server, for streams that do nothing but to be connected."""
+
+    def __init__(self) -> None:
+        self.peers: list[trio.SocketStream] = []
+        self.port = 0
+        self.hangs_up_at_once = False
+
+    async def serve(self, peer: trio.SocketStream) -> None:
+        if self.hangs_up_at_once:
+            return
+        self.peers.append(peer)
+        await trio.sleep_forever()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            serve = partial(trio.serve_tcp, self.serve, 0, host="127.0.0.1")
+            (listener,) = await nursery.start(serve)
+            self.port = listener.socket.getsockname()[1]
+            task_status.started()
+
+    async def dial(self) -> trio.SocketStream:
+        return await trio.open_tcp_stream("127.0.0.1", self.port)
+
+
+async def until_started(session: whitepool.Session[Any], number: int) -> None:
+    with trio.fail_after(5):
+        while session.statistics().started < number or not session.statistics().idle:
+            await trio.sleep(0.001)
+
+
+async def test_a_stream_whose_peer_closes_is_replaced(nursery: trio.Nursery) -> None:
+    """A bare factory of Trio's streams is enough: the pool finds the socket by itself."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=2) as session:
+        with trio.fail_after(5):
+            while len(exchange.peers) < 2:
+                await trio.sleep(0.001)
+        await exchange.peers[0].send_all(b"traffic")
+        await trio.sleep(PATIENCE)
+        assert session.statistics().lost == 0
+        await exchange.peers[0].aclose()
+        await until_started(session, 3)
+        now = session.statistics()
+        assert (now.lost, now.idle) == (1, 2)
+        check_books(now)
+
+
+async def test_a_stream_that_is_closed_by_its_client_is_lost_once(nursery: trio.Nursery) -> None:
+    """A client that breaks its worker, and says so, meets no second opinion of the watch."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=1, max_overflow=0) as session:
+        for turn in range(10):
+            resource = await session.block_checkout()
+            await resource.get().aclose()
+            session.destroyed(resource)
+            await until_started(session, turn + 2)
+        now = session.statistics()
+        assert (now.destroyed, now.lost, now.idle) == (10, 0, 1)
+        check_books(now)
+
+
+async def test_a_peer_that_accepts_and_hangs_up(nursery: trio.Nursery) -> None:
+    """A peer behind a balancer without a backend is not stormed: starting again takes pauses."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=2) as session:
+        exchange.hangs_up_at_once = True
+        for peer in exchange.peers:
+            await peer.aclose()
+        await trio.sleep(1)
+        now = session.statistics()
+        check_books(now)
+        print(f"\nstarted within a second, for nothing: {now.started - 2}")
+        assert now.started < 50
