@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
+from trio.lowlevel import enable_ki_protection
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -87,6 +88,7 @@ class Pool(Generic[T]):
             await session._supervisor.closed.wait()
 
     @asynccontextmanager
+    @enable_ki_protection
     async def _open(self, grace: float) -> AsyncIterator[Session[T]]:
         """Yield a session; at a normal exit drain it, else close everything after `grace` seconds."""
         supervisor = Supervisor(self._manager, self._options)

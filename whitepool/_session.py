@@ -20,13 +20,10 @@ from ._errors import NotCheckedOut, PoolClosed, PoolFull
 from ._hooks import call, call_now
 from ._options import check_seconds
 from ._statistics import PoolStatistics
-from ._supervisor import Supervisor
+from ._supervisor import LOOK_AGAIN_AFTER, Supervisor
 from ._worker import Place, Worker
 
 T = TypeVar("T")
-
-LOOK_AGAIN_AFTER = 0.001
-"""Seconds. The event loop is that late, at least, in noticing what happened to an idle worker."""
 
 
 class Resource(Generic[T]):
@@ -206,6 +203,7 @@ class Session(Generic[T]):
         """
         return _Lease(self, timeout)
 
+    @enable_ki_protection
     async def safe_shutdown(self, timeout: float = math.inf) -> None:
         """Shut the pool down, and return when every worker is closed.
 

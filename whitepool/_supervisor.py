@@ -26,6 +26,9 @@ T = TypeVar("T")
 TRIAL = 1.0
 """Seconds. A worker that dies sooner has died young."""
 
+LOOK_AGAIN_AFTER = 0.001
+"""Seconds. The event loop is that late, at least, in noticing that a peer has hung up."""
+
 SHORTEST_REST = 0.01
 """Seconds for which the housekeeping sleeps at least."""
 
@@ -66,6 +69,7 @@ class Supervisor(Generic[T]):
         # Alive and well, but to be replaced: too old, or idle for too long.
         self._expired: set[Worker[T]] = set()
         self._watch: HangupWatch[Worker[T]] = HangupWatch()
+        self._looked = -math.inf
         self._backoff = Backoff()
         self._early_deaths = 0
         self._last_early_death = -math.inf
@@ -95,6 +99,8 @@ class Supervisor(Generic[T]):
 
     def take_back(self, worker: Worker[T]) -> None:
         """Receive a worker from a client, whatever its state."""
+        if self.now() > self._looked + LOOK_AGAIN_AFTER and self._watch:
+            self._notice_hangups()
         if worker.condemned is not None and self._has_to_leave(worker):
             return
         try:
@@ -183,6 +189,7 @@ class Supervisor(Generic[T]):
             self._news = True
             self._inbox.send_nowait(None)
 
+    @enable_ki_protection
     def drain(self) -> None:
         """Refuse new checkouts, serve the line, close every worker that nobody needs any more."""
         self.draining = True
@@ -190,6 +197,7 @@ class Supervisor(Generic[T]):
             self.dismiss(self.line.idle.popleft(), "shutdown")
         self.look_around()
 
+    @enable_ki_protection
     def close_now(self) -> None:
         """Close every worker, also those that are out."""
         self.drain()
@@ -395,6 +403,7 @@ class Supervisor(Generic[T]):
             self._notice_hangups()
 
     def _notice_hangups(self) -> None:
+        self._looked = self.now()
         for worker in self._watch.hung_up():
             worker.condemned = "hung_up"
             self._expired.discard(worker)

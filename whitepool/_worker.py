@@ -191,6 +191,8 @@ class Worker(Generic[T]):
         """Do something to the worker within `reset_timeout`; failing that, it has to leave."""
         timeout = self._options.reset_timeout
         self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
+        if self.place is Place.LEAVING:
+            self._activity.cancel()
         try:
             with self._activity:
                 await job()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,11 +62,16 @@ class Lock:
         self._free.release()
 
 
-def _tidying() -> trio.CancelScope:
-    """Make a scope for leaving a block in order: where the task is cancelled, shielded and bounded."""
+@contextmanager
+def _tidying(connection: psycopg.AsyncConnection[Any]) -> Iterator[trio.CancelScope]:
+    """Leave a block in order: where the task is being cancelled, shielded and bounded."""
     if trio.current_effective_deadline() > trio.current_time():
-        return trio.CancelScope()
-    return trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT)
+        yield trio.CancelScope()
+        return
+    assert isinstance(connection, TrioConnection)
+    deadline = trio.current_time() + CLEANUP_TIMEOUT
+    with trio.CancelScope(shield=True, deadline=deadline) as scope, connection._expendable():
+        yield scope
 
 
 class TrioTransaction(AsyncTransaction):
@@ -93,7 +98,7 @@ class TrioTransaction(AsyncTransaction):
             except trio.Cancelled as cancelled:  # too late to commit
                 await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
                 raise
-        with _tidying():
+        with _tidying(self._conn):
             return await super().__aexit__(exc_type, exc_val, exc_tb)
         await self.connection.close()  # there was no answer within the time
         return False
@@ -108,7 +113,7 @@ class TrioPipeline(AsyncPipeline):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
-        with _tidying() as scope:
+        with _tidying(self._conn) as scope:
             if scope.shield and self.pgconn.transaction_status == _ACTIVE:
                 await self._conn._try_cancel()
             await super().__aexit__(exc_type, exc_val, exc_tb)
@@ -132,6 +137,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         row_factory: AsyncRowFactory[Row] | None = None,
     ) -> None:
         super().__init__(pgconn)
+        self._is_expendable = False
         if row_factory is not None:
             self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
@@ -218,6 +224,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         pgconn = self.pgconn
         if pgconn.transaction_status != _ACTIVE:
             return
+        if self._is_expendable:
+            self._finish()
+            return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT) as scope:
             # What goes wrong here is most likely QueryCanceled, as wanted. It is the state that
             # counts in which this leaves the connection.
@@ -236,6 +245,18 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 await self._drain()
         if scope.cancelled_caught or pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
             self._finish()
+
+    @contextmanager
+    def _expendable(self) -> Iterator[None]:
+        """Within this, a cancelled operation closes the connection, at once.
+
+        For whoever has no use for a connection on which that operation did not succeed.
+        """
+        before, self._is_expendable = self._is_expendable, True
+        try:
+            yield
+        finally:
+            self._is_expendable = before
 
     async def _drain(self) -> None:
         """Read what is left of a query's results: its generator may have wanted only the first."""
@@ -275,7 +296,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                         f"cancellation failed: {request.get_error_message()}"
                     )
             else:
-                await trio.to_thread.run_sync(self.cancel)
+                # It has all it needs, and may be left alone with it.
+                cancel = self.pgconn.get_cancel().cancel
+                await trio.to_thread.run_sync(cancel, abandon_on_cancel=True)
             return
         raise errors.CancellationTimeout("cancellation timeout expired")
 
@@ -316,7 +339,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 yield pipeline
         finally:
             if pipeline.level == 0:
-                with _tidying():
+                with _tidying(self):
                     async with self.lock:
                         self._pipeline = None
 
@@ -327,7 +350,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         exc_tb: TracebackType | None,
     ) -> None:
         try:
-            with _tidying():
+            with _tidying(self):
                 await super().__aexit__(exc_type, exc_val, exc_tb)
         finally:
             self._finish()

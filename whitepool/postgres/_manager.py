@@ -171,14 +171,16 @@ class PostgresManager(ConnectionManager):
             _forget_client(worker, self._new, self._keywords.get("context"))
             await self._set_up(worker)
         elif callable(self._reset):
-            await self._reset(worker)
+            with worker._expendable():
+                await self._reset(worker)
             self._demand_no_transaction(worker, "reset")
 
     async def _set_up(self, connection: Connection) -> None:
         if self._reset == "session":
             self._new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
         if self._configure is not None:
-            await self._configure(connection)
+            with connection._expendable():
+                await self._configure(connection)
             self._demand_no_transaction(connection, "configure")
 
     def _demand_no_transaction(self, connection: Connection, culprit: str) -> None:
