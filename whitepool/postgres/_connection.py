@@ -157,16 +157,23 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """Connect to a server; see `psycopg.AsyncConnection.connect`.
 
         Host names are resolved in a thread. Every host, and every address of a host, is one attempt,
-        for which `connect_timeout` counts. Raises `psycopg.OperationalError`.
+        for which `connect_timeout` counts. Where that is not given, and there is a deadline, the
+        attempts share the time that is left. Raises `psycopg.OperationalError`.
         """
         params = conninfo_to_dict(conninfo, **kwargs)
-        timeout = timeout_from_conninfo(params)
+        timeout: float = timeout_from_conninfo(params)
+        is_given = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
         if _has_names_to_resolve(params):
             attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
         else:
             attempts = conninfo_attempts(params)
         failures: list[tuple[str, psycopg.Error]] = []
-        for attempt in attempts:
+        for number, attempt in enumerate(attempts):
+            if not is_given:
+                # psycopg's default is longer than most deadlines: leave time for the other hosts.
+                remaining = trio.current_effective_deadline() - trio.current_time()
+                if number < len(attempts) - 1:
+                    timeout = min(timeout, max(0, remaining) / (len(attempts) - number))
             try:
                 with trio.move_on_after(timeout):
                     pgconn = await _connect_once(make_conninfo("", **attempt))

