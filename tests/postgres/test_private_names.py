@@ -112,9 +112,10 @@ def test_generators(name: str) -> None:
 
 
 def test_transactions(connection: psycopg.AsyncConnection[Any]) -> None:
-    """A transaction knows its connection as `_conn`."""
+    """A transaction knows its connection as `_conn`, and its place among those entered."""
     transaction = psycopg.AsyncTransaction(connection)
     assert getattr(transaction, "_conn", None) is connection, lacking("AsyncTransaction._conn")
+    assert getattr(transaction, "_stack_index", -1) == -1  # psycopg 3.2.0 sets it at entering
 
 
 def test_pipelines(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -141,7 +142,16 @@ def test_adapters_are_private_until_they_are_used(connection: psycopg.AsyncConne
 def test_every_private_name_is_listed_here() -> None:
     """Whatever private name whitepool.postgres uses is in the lists above, or is its own."""
     own = {"_TYPE_CHECKING", "__"}
-    listed = {*ATTRIBUTES, *NEW_IN_3_2_4, *METHODS, *PREPARED, *ERRORS, "_prepared", "_conn"}
+    listed = {
+        *ATTRIBUTES,
+        *NEW_IN_3_2_4,
+        *METHODS,
+        *PREPARED,
+        *ERRORS,
+        "_prepared",
+        "_conn",
+        "_stack_index",
+    }
     folder = Path(inspect.getfile(whitepool.postgres)).parent
     source = "\n".join(path.read_text() for path in folder.glob("*.py"))
     used = set(re.findall(r"(?:\.|\")(_[a-zA-Z]\w*)", source))

@@ -743,7 +743,7 @@ async def test_the_password_is_never_shown(dsn: str, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dbname": "nowhere"}, {"user": "nobody"}, {"port": "1"}, {"host": "host.invalid"}, {"port": "x"}],
+    [{"dbname": "nowhere"}, {"user": "nobody"}, {"port": "1"}, {"host": "host.invalid"}],
 )
 async def test_the_password_is_not_in_errors(
     dsn: str, caplog: pytest.LogCaptureFixture, wrong: dict[str, Any]

@@ -26,10 +26,10 @@ from psycopg.conninfo import (
 )
 from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import AsyncTransaction
-from psycopg.waiting import Ready
+from psycopg.waiting import Wait
 
 from .._manager import WorkerManager
-from ._waiting import drive, poll
+from ._waiting import drive, poll, ready_now
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,12 +78,11 @@ class TrioTransaction(AsyncTransaction):
     """A transaction that is rolled back also when its task is being cancelled."""
 
     async def __aenter__(self) -> Self:
-        depth = self._conn._num_transactions
         try:
             return await super().__aenter__()
         except trio.Cancelled as cancelled:
-            if self._conn._num_transactions > depth:  # psycopg 3.2 stays half-way inside
-                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+            if self._is_on_stack():  # psycopg 3.2 stays half-way inside
+                await self._roll_back(cancelled)
             raise
 
     async def __aexit__(
@@ -92,20 +91,35 @@ class TrioTransaction(AsyncTransaction):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> bool:
-        if exc_type is None:
-            try:
-                await trio.lowlevel.checkpoint_if_cancelled()
-            except trio.Cancelled as cancelled:  # too late to commit
-                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
-                raise
-        with _tidying(self._conn):
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
             return await super().__aexit__(exc_type, exc_val, exc_tb)
-        await self.connection.close()  # there was no answer within the time
-        return False
+        except trio.Cancelled as cancelled:
+            if self._is_on_stack():  # it has not come to committing, or rolling back
+                await self._roll_back(cancelled)
+            raise
+
+    def _is_on_stack(self) -> bool:
+        return 0 <= self._stack_index < self._conn._num_transactions
+
+    async def _roll_back(self, cancelled: trio.Cancelled) -> None:
+        with _tidying(self._conn):
+            await super().__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+        if self._is_on_stack():
+            await self._conn.close()  # there was no answer within the time
 
 
 class TrioPipeline(AsyncPipeline):
     """A pipeline that is left in order also when its task is being cancelled."""
+
+    async def __aenter__(self) -> Self:
+        level = self.level
+        try:
+            return await super().__aenter__()
+        except BaseException as error:
+            if self.level > level:  # it was cancelled too late not to be inside
+                await self.__aexit__(type(error), error, error.__traceback__)
+            raise
 
     async def __aexit__(
         self,
@@ -119,6 +133,14 @@ class TrioPipeline(AsyncPipeline):
             await super().__aexit__(exc_type, exc_val, exc_tb)
         if scope.cancelled_caught:
             await self._conn.close()
+
+
+class TrioServerCursor(psycopg.AsyncServerCursor[Row]):
+    """A server-side cursor that is closed also when its task is being cancelled."""
+
+    async def close(self) -> None:
+        with _tidying(self._conn):
+            await super().close()
 
 
 class TrioConnection(psycopg.AsyncConnection[Row]):
@@ -137,6 +159,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         row_factory: AsyncRowFactory[Row] | None = None,
     ) -> None:
         super().__init__(pgconn)
+        self.server_cursor_factory = TrioServerCursor
         self._is_expendable = False
         if row_factory is not None:
             self.row_factory = row_factory
@@ -205,26 +228,38 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         psycopg's asyncio looks up from its wait at an `interval` to notice Ctrl-C; Trio needs none.
         Only `notifies` sets a limit: as `timeout` in new releases, as `interval` in old ones.
         """
+        socket = self.pgconn.socket
+        limit = timeout if timeout is not None else interval
         try:
-            if timeout is None and interval is None:
-                return await drive(gen, self.pgconn.socket)
-            limit = timeout if timeout is not None else interval
-            with trio.move_on_after(limit or 0):
-                return await drive(gen, self.pgconn.socket)
-            if timeout is not None:
+            if limit is None:
+                return await drive(gen, socket, self._checkpoint)
+            with trio.move_on_after(max(0, limit)):
+                return await drive(gen, socket, self._checkpoint)
+            ready = ready_now(socket, Wait.R)  # what has arrived counts, also with a limit of 0
+            if not ready and timeout is not None:
                 raise errors._WaitTimeout("wait timeout expired")
             try:
-                gen.send(Ready.NONE)
+                gen.send(ready)
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
-            raise psycopg.InternalError("the operation has no timeout")
-        except trio.ClosedResourceError:
+            raise psycopg.InternalError("the operation has no limit")
+        except (trio.ClosedResourceError, OSError):
             raise psycopg.OperationalError("the connection is closed") from None
         except Exception:
             raise
         except BaseException:
             await self._stop(gen)
             raise
+
+    async def _checkpoint(self) -> None:
+        """Give way to others after an operation that did not have to wait.
+
+        It is too late to cancel it, unless it is one of many, in a copy or a pipeline.
+        """
+        if self.pgconn.transaction_status == _ACTIVE:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _stop(self, gen: PQGen[Any]) -> None:
         """Cancel the running query on the server, and read to the end of it."""
@@ -234,20 +269,28 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         if self._is_expendable:
             self._finish()
             return
+        was_copying_in = self._is_copying_in()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT) as scope:
-            # What goes wrong here is most likely QueryCanceled, as wanted. It is the state that
-            # counts in which this leaves the connection.
-            with suppress(Exception):
-                pause = 0.1
-                while True:
+            pause = 0.1
+            while True:
+                try:
                     await self.cancel_safe()
-                    # A request that overtakes its query is ignored by the server: ask again.
-                    with trio.move_on_after(pause):
-                        await drive(gen, pgconn.socket)
-                        break
-                    pause *= 2
-            if pgconn.pipeline_status or self._is_copying_in():
+                except Exception:
+                    self._finish()  # the server can't be asked
+                    return
+                # A request that overtakes its query is ignored by the server: ask again.
+                with trio.move_on_after(pause):
+                    # What goes wrong is most likely QueryCanceled, as wanted. It is the state that
+                    # counts in which this leaves the connection.
+                    with suppress(Exception):
+                        await drive(gen, pgconn.socket, resumed=True)
+                    break
+                pause *= 2
+            if pgconn.pipeline_status or was_copying_in:
                 return  # the block that the task is about to leave does the rest
+            with suppress(Exception):
+                if self._is_copying_in():  # it has only just begun: there is no block yet
+                    await drive(generators.copy_end(pgconn, b"cancelled"), pgconn.socket)
             with suppress(Exception):
                 await self._drain()
         if scope.cancelled_caught or pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
@@ -360,16 +403,16 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             with _tidying(self):
                 await super().__aexit__(exc_type, exc_val, exc_tb)
         finally:
-            self._finish()
+            self._finish(on_purpose=True)
 
     async def close(self) -> None:
         """Close the connection. A task that waits for it gets `psycopg.OperationalError`."""
-        self._closed = True
-        self._finish()
+        self._finish(on_purpose=True)
         await trio.lowlevel.checkpoint()
 
-    def _finish(self) -> None:
+    def _finish(self, *, on_purpose: bool = False) -> None:
         if not self.closed:
+            self._closed = on_purpose  # else it is `broken`
             trio.lowlevel.notify_closing(self.pgconn.socket)
             self.pgconn.finish()
 
@@ -411,15 +454,16 @@ def _all_failed(failures: list[tuple[str, psycopg.Error]]) -> psycopg.Error:
 
 
 def _has_names_to_resolve(params: ConnDict) -> bool:
-    """Say whether a host must be looked up; then psycopg's splitting into attempts blocks."""
-    if params.get("hostaddr") or os.environ.get("PGHOSTADDR"):
+    """Say whether psycopg would look up a host, which blocks."""
+    hosts = str(params.get("host") or os.environ.get("PGHOST", "")).split(",")
+    addresses = str(params.get("hostaddr") or os.environ.get("PGHOSTADDR", "")).split(",")
+    if len(addresses) == len(hosts) and all(addresses):
         return False
-    hosts = str(params.get("host") or os.environ.get("PGHOST", ""))
-    return any(not (_is_path(host) or _is_address(host)) for host in hosts.split(",") if host)
+    return any(not (_is_path(host) or _is_address(host)) for host in hosts if host)
 
 
 def _is_path(host: str) -> bool:
-    return host.startswith(("/", "@")) or host[1:2] == ":"
+    return host.startswith("/") or host[1:2] == ":"
 
 
 def _is_address(host: str) -> bool:

@@ -11,7 +11,7 @@ import psycopg
 from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo, timeout_from_conninfo
 from psycopg.generators import execute
 
 from .._errors import PoolStartError
@@ -33,8 +33,10 @@ _GONE = int(pq.TransactionStatus.UNKNOWN)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
 
 # What DISCARD ALL does, and the role. One by one, as DISCARD ALL must be sent alone: this way, one
-# message is enough.
+# message is enough. The transaction takes nothing over from the session's defaults: a deferrable one
+# might wait for others to end.
 _DISCARD_SESSION = b"""
+    BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE;
     CLOSE ALL;
     SET SESSION AUTHORIZATION DEFAULT;
     RESET ROLE;
@@ -44,7 +46,8 @@ _DISCARD_SESSION = b"""
     SELECT pg_catalog.pg_advisory_unlock_all();
     DISCARD PLANS;
     DISCARD TEMP;
-    DISCARD SEQUENCES
+    DISCARD SEQUENCES;
+    COMMIT
 """
 
 # What a client may have set on the object, and psycopg keeps to itself.
@@ -66,7 +69,8 @@ _FINAL = re.compile(
     r"password authentication failed|no password supplied|authentication failed for user"
     r"|no pg_hba\.conf entry|pg_hba\.conf rejects connection"
     r"|(database|role) \".*\" does not exist|no such (database|user)"
-    r"|permission denied for database|is not permitted to log in",
+    r"|permission denied for database|is not permitted to log in"
+    r"|invalid \w+ value",
     re.DOTALL,
 )
 
@@ -96,6 +100,8 @@ class ConnectionManager(WorkerManager[Connection]):
         await _run(worker, b"ROLLBACK")
         # Prepared statements may have been made in the transaction, or of tables made in it.
         worker._prepared.clear()
+        async with worker.lock:
+            await drive(worker._prepared.maintain_gen(worker), worker.pgconn.socket)
 
     async def check(self, worker: Connection) -> None:
         """Send an empty query, outside any transaction, and wait for the answer."""
@@ -245,7 +251,13 @@ def _validate(conninfo: str, keywords: dict[str, Any]) -> None:
     theirs = {key: keywords[key] for key in keywords if key not in ours}
     what = None
     try:
+        make_conninfo(**theirs)
+    except psycopg.ProgrammingError as error:
+        raise ValueError(f"a keyword for connecting is not valid: {error}".strip()) from None
+    try:
+        make_conninfo(conninfo)
         params = conninfo_to_dict(conninfo, **theirs)
+        timeout_from_conninfo(params)
         # An @ or a / in a password that is not escaped in a URL: the rest of it looks like a host.
         if "@" in str(params.get("host") or "")[1:]:
             what = "a host can't have an @ in it (in a URL, write that of a password as %40)"
@@ -253,10 +265,10 @@ def _validate(conninfo: str, keywords: dict[str, Any]) -> None:
             what = "port must be a number (in a URL, write the / of a password as %2F)"
     except psycopg.ProgrammingError as error:
         # libpq says what is wrong by quoting it, and it may be a password.
-        unknown = re.search(r'invalid (connection option|URI query parameter):? "\w*"', str(error))
-        what = unknown[0] if unknown else "it can't be parsed"
+        timeout = re.match(r"bad value for connect_timeout", str(error))
+        what = timeout[0] if timeout else "it can't be parsed, or has an unknown option"
     if what is not None:
-        raise ValueError(f"conninfo or a keyword for connecting is not valid: {what}")
+        raise ValueError(f"conninfo is not valid: {what}")
 
 
 def _is_final(error: psycopg.OperationalError) -> bool:

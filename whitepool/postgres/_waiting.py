@@ -8,7 +8,7 @@ generator that is sent "nothing" yields the same again, so a wait that was inter
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 
 import trio
@@ -21,13 +21,22 @@ BUSY_TIME = 0.005
 """Seconds for which a connection that is always ready to be written to may keep the event loop."""
 
 
-async def drive(generator: PQGen[RV], socket: int) -> RV:
-    """Run a generator to its end. A checkpoint, also where there is nothing to wait for."""
+async def drive(
+    generator: PQGen[RV],
+    socket: int,
+    checkpoint: Callable[[], Awaitable[None]] = cancel_shielded_checkpoint,
+    *,
+    resumed: bool = False,
+) -> RV:
+    """Run a generator to its end. Where there is nothing to wait for, `checkpoint` is called after it.
+
+    By default that is no cancellation point: what the generator did has been done. One whose wait was
+    interrupted is `resumed`.
+    """
     try:
-        wanted = next(generator)
+        wanted = generator.send(Ready.NONE) if resumed else next(generator)
     except StopIteration as end:
-        # Not a cancellation point: what the generator did has been done.
-        await cancel_shielded_checkpoint()
+        await checkpoint()
         return end.value  # type: ignore[no-any-return]  # StopIteration is not generic
     yielded = False
     busy_until = 0.0
@@ -38,7 +47,7 @@ async def drive(generator: PQGen[RV], socket: int) -> RV:
                 yielded, ready = True, Ready.R
             else:
                 # A socket is nearly always ready for writing, and a pipeline asks for each command.
-                ready = _ready_now(socket, wanted)
+                ready = ready_now(socket, wanted)
                 now = perf_counter()
                 if not busy_until:
                     busy_until = now + BUSY_TIME
@@ -48,11 +57,11 @@ async def drive(generator: PQGen[RV], socket: int) -> RV:
             wanted = generator.send(ready)
     except StopIteration as end:
         if not yielded:
-            await cancel_shielded_checkpoint()
+            await checkpoint()
         return end.value  # type: ignore[no-any-return]
 
 
-def _ready_now(socket: int, wanted: Wait) -> Ready:
+def ready_now(socket: int, wanted: Wait) -> Ready:
     """Ask the system what a socket is ready for, without waiting."""
     poller = select.poll()
     poller.register(socket, (wanted & Wait.R and select.POLLIN) | (wanted & Wait.W and select.POLLOUT))
@@ -72,7 +81,7 @@ async def _wait_either(socket: int, wanted: Wait) -> Ready:
         try:
             await (wait_readable if state is Ready.R else wait_writable)(socket)
             ready |= state
-        except trio.ClosedResourceError:
+        except (trio.ClosedResourceError, OSError):
             closed = True  # raised below, without a group around it
         nursery.cancel_scope.cancel()
 
