@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import psycopg
 import trio
@@ -139,8 +139,14 @@ class TrioServerCursor(psycopg.AsyncServerCursor[Row]):
     """A server-side cursor that is closed also when its task is being cancelled."""
 
     async def close(self) -> None:
-        with _tidying(self._conn):
-            await super().close()
+        try:
+            with _tidying(self._conn):
+                await super().close()
+        except trio.Cancelled:
+            await psycopg.AsyncCursor.close(
+                self
+            )  # on the server it is, or will be with the transaction
+            raise
 
 
 class TrioConnection(psycopg.AsyncConnection[Row]):
@@ -228,6 +234,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         psycopg's asyncio looks up from its wait at an `interval` to notice Ctrl-C; Trio needs none.
         Only `notifies` sets a limit: as `timeout` in new releases, as `interval` in old ones.
         """
+        if self._has_ended_already(gen):
+            gen.close()
+            return cast("RV", None)
         socket = self.pgconn.socket
         limit = timeout if timeout is not None else interval
         try:
@@ -269,15 +278,19 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         if self._is_expendable:
             self._finish()
             return
-        was_copying_in = self._is_copying_in()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT) as scope:
-            pause = 0.1
+            pause, refusals = 0.1, 0
             while True:
                 try:
                     await self.cancel_safe()
+                except psycopg.ProgrammingError:
+                    pass  # a prepared transaction can't be cancelled: wait for it
                 except Exception:
-                    self._finish()  # the server can't be asked
-                    return
+                    # It may have been heard all the same, but somebody has to be there.
+                    refusals += 1
+                    if refusals > 2:
+                        self._finish()
+                        return
                 # A request that overtakes its query is ignored by the server: ask again.
                 with trio.move_on_after(pause):
                     # What goes wrong is most likely QueryCanceled, as wanted. It is the state that
@@ -286,10 +299,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                         await drive(gen, pgconn.socket, resumed=True)
                     break
                 pause *= 2
-            if pgconn.pipeline_status or was_copying_in:
+            if pgconn.pipeline_status:
                 return  # the block that the task is about to leave does the rest
             with suppress(Exception):
-                if self._is_copying_in():  # it has only just begun: there is no block yet
+                if self._is_copying_in():
                     await drive(generators.copy_end(pgconn, b"cancelled"), pgconn.socket)
             with suppress(Exception):
                 await self._drain()
@@ -321,6 +334,14 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                         await drive(generators.copy_from(pgconn), pgconn.socket), memoryview
                     ):
                         pass
+
+    def _has_ended_already(self, gen: PQGen[Any]) -> bool:
+        """Say whether this is the end of a COPY that a cancellation has ended before."""
+        return (
+            getattr(gen, "gi_code", None) is generators.copy_end.__code__
+            and self.pgconn.transaction_status != _UNKNOWN
+            and not self._is_copying_in()
+        )
 
     def _is_copying_in(self) -> bool:
         """Say whether the connection is in the middle of a COPY FROM STDIN."""
