@@ -190,6 +190,17 @@ async def test_lifetimes_end_one_by_one(autojump_clock: Clock) -> None:
         assert not any(tool.closed for tool in shop.tools[20:])
 
 
+async def test_a_replacement_is_no_overflow(autojump_clock: Clock) -> None:
+    """With `overflow_ttl=0`, the new worker stays that was opened before the old one went."""
+    shop = Workshop()
+    async with whitepool.open_pool(
+        shop.make, pool_size=1, max_overflow=1, overflow_ttl=0, max_lifetime=10
+    ) as session:
+        await trio.sleep(10.5)
+        assert shop.attempts == 2
+        assert session.statistics().idle == 1
+
+
 @pytest.mark.parametrize("max_overflow", [0, 1])
 async def test_a_worker_in_use_outlives_its_lifetime(max_overflow: int, autojump_clock: Clock) -> None:
     """It is retired when it comes back."""

@@ -89,7 +89,7 @@ class Supervisor(Generic[T]):
             self.line.serve(worker)
         elif self.draining:
             self.dismiss(worker, "shutdown")
-        elif self.options.overflow_ttl == 0 and self._alive > self.options.pool_size:
+        elif self.options.overflow_ttl == 0 and self._fresh() > self.options.pool_size:
             self.dismiss(worker, "overflow")
         elif unused:
             self.line.put_back(worker)
@@ -351,8 +351,7 @@ class Supervisor(Generic[T]):
             for worker in [w for w in self._workers if w.place is Place.STARTING][waiting:]:
                 self.dismiss(worker, "shutdown")
         elif not options.lazy:
-            fresh = self._alive - len(self._expired)
-            missing = max(missing, options.pool_size - fresh - self._starting)
+            missing = max(missing, options.pool_size - self._fresh() - self._starting)
         room = self._limit - len(self._workers)
         # A server that refused is tried by one at a time, after a pause; then all follow.
         at_once = options.max_starting if self._backoff.last_error is None else 1
@@ -432,7 +431,7 @@ class Supervisor(Generic[T]):
     def _tidy(self, now: float) -> float:
         """Do what is due, and say when something will be due again."""
         options, idle = self.options, self.line.idle
-        beyond_size = self._alive - options.pool_size
+        beyond_size = self._fresh() - options.pool_size
         superfluous, at_surplus = housekeeping.surplus(idle, beyond_size, options, now)
         for worker in superfluous:
             idle.remove(worker)
@@ -455,6 +454,10 @@ class Supervisor(Generic[T]):
         worker.place = Place.HOST
         self._in_host += 1
 
+    def _fresh(self) -> int:
+        """Count the workers that are here to stay."""
+        return self._alive - len(self._expired)
+
     def _condemn(self, worker: Worker[T], reason: Reason) -> None:
         """Have a worker replaced that is alive and well."""
         worker.condemned = reason
@@ -471,7 +474,7 @@ class Supervisor(Generic[T]):
     def _may_retire(self) -> bool:
         """Say whether an expired worker may go."""
         options = self.options
-        if options.lazy or self._alive - len(self._expired) >= options.pool_size:
+        if options.lazy or self._fresh() >= options.pool_size:
             return True
         # Without room for a new one first, an old one must make it: one at a time, and not while the
         # server takes no new ones.
