@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
 
+_COPYING_IN = (generators.copy_to.__code__, generators.copy_end.__code__)
+
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
 
@@ -167,6 +169,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         super().__init__(pgconn)
         self.server_cursor_factory = TrioServerCursor
         self._is_expendable = False
+        self._copy_was_ended = False
         if row_factory is not None:
             self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
@@ -303,6 +306,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 return  # the block that the task is about to leave does the rest
             with suppress(Exception):
                 if self._is_copying_in():
+                    self._copy_was_ended = True
                     await drive(generators.copy_end(pgconn, b"cancelled"), pgconn.socket)
             with suppress(Exception):
                 await self._drain()
@@ -336,12 +340,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                         pass
 
     def _has_ended_already(self, gen: PQGen[Any]) -> bool:
-        """Say whether this is the end of a COPY that a cancellation has ended before."""
-        return (
-            getattr(gen, "gi_code", None) is generators.copy_end.__code__
-            and self.pgconn.transaction_status != _UNKNOWN
-            and not self._is_copying_in()
-        )
+        """Say whether this is the rest, or the end, of a COPY that a cancellation has ended before."""
+        if getattr(gen, "gi_code", None) not in _COPYING_IN:
+            self._copy_was_ended = False
+        return self._copy_was_ended
 
     def _is_copying_in(self) -> bool:
         """Say whether the connection is in the middle of a COPY FROM STDIN."""
