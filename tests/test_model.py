@@ -11,7 +11,7 @@ import socket
 import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ import trio
 import trio.testing
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from outcome import Outcome, Value, capture
 from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
@@ -40,11 +41,15 @@ class BackgroundTrio:
         self.nursery: trio.Nursery
         self._token: trio.lowlevel.TrioToken
         self._is_up = threading.Event()
-        self._thread = threading.Thread(target=lambda: trio.run(self._main, clock=self.clock))
+        self._end: Outcome[None] = Value(None)
+        self._thread = threading.Thread(target=self._live)
         self._thread.start()
         self._is_up.wait()
         # The run can be repeated only if this thread and that one never compete.
         self.run(trio.lowlevel.checkpoint)
+
+    def _live(self) -> None:
+        self._end = capture(lambda: trio.run(self._main, clock=self.clock))
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -60,7 +65,12 @@ class BackgroundTrio:
             await trio.testing.wait_all_tasks_blocked()
             return result
 
-        return trio.from_thread.run(call, trio_token=self._token)
+        try:
+            return trio.from_thread.run(call, trio_token=self._token)
+        except (trio.Cancelled, trio.RunFinishedError):
+            self._thread.join()
+            self._end.unwrap()  # a task has crashed
+            raise
 
     async def let_pass(self, seconds: float) -> None:
         """Let time pass as it does: whatever falls due, falls due one after the other."""
@@ -69,7 +79,8 @@ class BackgroundTrio:
         self.clock.autojump_threshold = math.inf
 
     def stop(self) -> None:
-        trio.from_thread.run_sync(self.nursery.cancel_scope.cancel, trio_token=self._token)
+        with suppress(trio.RunFinishedError):
+            trio.from_thread.run_sync(self.nursery.cancel_scope.cancel, trio_token=self._token)
         self._thread.join(timeout=10)
         assert not self._thread.is_alive()
 
@@ -186,6 +197,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.held: set[Tool] = set()
         self.returned: list[whitepool.Resource[Tool]] = []
         self.leaked = 0
+        self.lost = 0
+        self.last_death = -math.inf
         self.steps = 0
         self.draining = False
         self.closes_by = math.inf
@@ -201,6 +214,7 @@ class PoolMachine(RuleBasedStateMachine):
         idle_timeout=periods,
         max_lifetime=periods,
         check_interval=st.sampled_from([math.inf, 3.0]),
+        patience=st.sampled_from([0.4, 1.0]),
         with_hooks=st.booleans(),
     )
     def open(self, seed: object, with_hooks: bool, **options: Any) -> None:
@@ -228,10 +242,12 @@ class PoolMachine(RuleBasedStateMachine):
         with client.scope:
             try:
                 resource = await checkout()
+            except whitepool.PoolOverloaded:
+                client.end = "overloaded"
+                self._expect(self.options["patience"] < 1, f"{client} was sent away")
             except whitepool.CheckoutTimeout:
                 client.end = "timed out"
-                if trio.current_time() < client.deadline:
-                    self.complaints.append(f"{client} timed out too early")
+                self._expect(trio.current_time() >= client.deadline, f"{client} timed out too early")
             except (whitepool.PoolError, RuntimeError) as error:
                 client.end = type(error).__name__
             else:
@@ -252,10 +268,14 @@ class PoolMachine(RuleBasedStateMachine):
             "closed": {tool for tool in self.shop.tools if tool.closed},
         }
         for reason, tools in reasons.items():
-            if tool in tools:
-                self.complaints.append(f"{tool} was given out, which is {reason}")
+            self._expect(tool not in tools, f"{tool} was given out, which is {reason}")
         self.held.add(tool)
         self.leases.append(resource)
+
+    def _expect(self, truth: bool, else_complain: str) -> None:
+        """What a task has to complain of is raised after the step, in the thread of the test."""
+        if not truth:
+            self.complaints.append(else_complain)
 
     async def _enter(self, timeout: float, checkout: Callable[[], Awaitable[Any]]) -> None:
         client = Client(len(self.clients), trio.current_time() + timeout)
@@ -458,8 +478,8 @@ class PoolMachine(RuleBasedStateMachine):
     def shut_down(self, timeout: float) -> None:
         async def shut_down() -> None:
             await self.session.safe_shutdown(timeout)
-            if self.shop.alive or self.shop.opening:
-                self.complaints.append("safe_shutdown returned before everything was closed")
+            closed = not self.shop.alive and not self.shop.opening
+            self._expect(closed, "safe_shutdown returned before everything was closed")
 
         async def begin() -> None:
             self.draining = True
@@ -516,6 +536,7 @@ class PoolMachine(RuleBasedStateMachine):
         ends = [client.end for client in self.clients]
         assert now.checkouts == ends.count("served")
         assert now.timeouts == ends.count("timed out")
+        assert now.overloads == ends.count("overloaded")
 
     def _the_bounds_hold(self) -> None:
         # From the factory's side, where a worker that is being closed still counts.
@@ -532,9 +553,16 @@ class PoolMachine(RuleBasedStateMachine):
         now = self.trio.clock.current_time()
         for client in self.waiting:
             assert now < client.deadline, f"{client} was forgotten"
-        if now - self.manager.last_failure <= LONGEST_PAUSE:
+        lost = self.session.statistics().lost
+        if lost > self.lost:
+            self.lost, self.last_death = lost, now
+        # What is missing is being started, unless starts have just failed. Where more workers have
+        # died than there are places, it may be their successors that die: that is no better.
+        last_failure = max(
+            self.manager.last_failure, self.last_death if lost > self.limit else -math.inf
+        )
+        if now - last_failure <= LONGEST_PAUSE:
             return
-        # Otherwise what is missing is being started.
         there = len(self.shop.alive) + self.shop.opening
         if self.waiting and there < self.limit:
             assert self.shop.opening

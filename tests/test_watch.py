@@ -298,8 +298,10 @@ class Exchange:
 
 async def until_started(session: whitepool.Session[Any], number: int) -> None:
     with trio.fail_after(5):
-        while session.statistics().started < number or session.statistics().starting:
+        now = session.statistics()
+        while now.started < number or now.idle < now.pool_size:
             await trio.sleep(0.001)
+            now = session.statistics()
 
 
 async def test_a_stream_whose_peer_closes_is_replaced(nursery: trio.Nursery) -> None:
