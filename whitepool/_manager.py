@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Generic, TypeVar, Union, cast
 
+import trio
+
 from ._errors import PoolStartError
 
 T = TypeVar("T")
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds for closing a worker that was given up while it was opened."""
 
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
@@ -77,7 +83,8 @@ class WorkerManager(Generic[T]):
         try:
             yield worker
         finally:
-            await self.close(worker)
+            with _closing():
+                await self.close(worker)
 
 
 class FactoryManager(WorkerManager[T]):
@@ -99,12 +106,24 @@ class FactoryManager(WorkerManager[T]):
             try:
                 yield worker
             finally:
-                await manager_of(worker, self).close(worker)
+                with _closing():
+                    await manager_of(worker, self).close(worker)
         else:
             raise PoolStartError(
                 "the factory must return an awaitable or an async context manager, "
                 f"not {type(made).__name__}"
             )
+
+
+def _closing() -> trio.CancelScope:
+    """Make a scope for closing a worker.
+
+    The host bounds it by `close_timeout`. Only where opening the worker was given up in the very moment
+    in which it succeeded, the host has been cancelled already.
+    """
+    if trio.current_effective_deadline() > -math.inf:
+        return trio.CancelScope()
+    return trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT)
 
 
 def manager_of(worker: T, manager: WorkerManager[T]) -> WorkerManager[T]:

@@ -89,7 +89,9 @@ class Worker(Generic[T]):
         self._owner = owner
         self._manager = manager
         self._options = options
-        self._life = trio.CancelScope()
+        # Only the supervisor ends a worker: a client that is being cancelled still needs it. And it
+        # may do so before the host has begun.
+        self._life = trio.CancelScope(shield=True)
         self._activity = trio.CancelScope()
         self._job: Callable[[], Awaitable[None]] | None = None
         self._bell = ParkingLot()
@@ -129,8 +131,7 @@ class Worker(Generic[T]):
         begun = trio.current_time()
         opened = False
         failure: Exception | None = None
-        # Only the supervisor ends a worker: a client that is being cancelled still needs it.
-        self._life = trio.CancelScope(shield=True, deadline=begun + options.start_timeout)
+        self._life.deadline = begun + options.start_timeout
         with self._life:
             try:
                 async with self._manager.lifespan() as self.obj:

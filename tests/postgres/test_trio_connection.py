@@ -855,11 +855,13 @@ async def test_writing_to_a_copy_can_be_cancelled(
 
 async def test_a_pipeline_left_normally_in_a_cancelled_scope(connection: Connection) -> None:
     """What a cancelled task still has in its pipeline is cancelled, and seen as a cancellation."""
+    begun = trio.current_time()
     with trio.CancelScope() as scope:
         async with connection.pipeline():
             await connection.execute(SLOW)
             scope.cancel()
     assert scope.cancelled_caught
+    assert trio.current_time() - begun < 3
     if not connection.closed:
         await check_usable_after_rollback(connection)
 

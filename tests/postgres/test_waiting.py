@@ -180,6 +180,27 @@ async def test_a_cancelled_wait_can_be_resumed(pair: Pair, wanted: Wait) -> None
 
 
 @pytest.mark.parametrize("wanted", [Wait.R, Wait.W, Wait.RW])
+async def test_a_cancelled_wait_raises_cancelled(pair: Pair, wanted: Wait) -> None:
+    """A cancelled wait raises `trio.Cancelled` itself, and no group, for `except` clauses to catch."""
+    ours, _ = pair
+    fill(ours)
+    raised = []
+
+    async def wait() -> None:
+        try:
+            await drive(waits_for(wanted), ours.fileno())
+        except BaseException as error:
+            raised.append(type(error))
+            raise
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert raised == [trio.Cancelled]
+
+
+@pytest.mark.parametrize("wanted", [Wait.R, Wait.W, Wait.RW])
 async def test_a_wait_for_a_closing_socket_ends(pair: Pair, wanted: Wait) -> None:
     """A generator that waits for a socket gets out of it, with one error, when the socket is closed."""
     ours, _ = pair

@@ -129,6 +129,12 @@ class TrioPipeline(AsyncPipeline):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> None:
+        if exc_val is None:
+            try:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            except trio.Cancelled as cancelled:
+                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+                raise
         with _tidying(self._conn) as scope:
             if scope.shield and self.pgconn.transaction_status == _ACTIVE:
                 await self._conn._try_cancel()
@@ -423,6 +429,12 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         exc_tb: TracebackType | None,
     ) -> None:
         try:
+            if exc_type is None:
+                try:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                except trio.Cancelled as cancelled:  # too late to commit
+                    await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+                    raise
             with _tidying(self):
                 await super().__aexit__(exc_type, exc_val, exc_tb)
         finally:

@@ -8,14 +8,24 @@ generator that is sent "nothing" yields the same again, so a wait that was inter
 from __future__ import annotations
 
 import select
+import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from time import perf_counter
 
 import trio
 from psycopg import pq
 from psycopg.abc import RV, PQGen
 from psycopg.waiting import Ready, Wait
-from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
+from trio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
+    wait_readable,
+    wait_writable,
+)
+
+if sys.version_info < (3, 11):
+    from exceptiongroup import BaseExceptionGroup
 
 BUSY_TIME = 0.005
 """Seconds for which a connection that is always ready to be written to may keep the event loop."""
@@ -82,15 +92,19 @@ async def _wait_either(socket: int, wanted: Wait) -> Ready:
             await (wait_readable if state is Ready.R else wait_writable)(socket)
             ready |= state
         except (trio.ClosedResourceError, OSError):
-            closed = True  # raised below, without a group around it
+            closed = True
         nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        for state in (Ready.R, Ready.W):
-            if wanted & state:
-                nursery.start_soon(wait_for, state)
+    # What happens is raised below: without the nursery's group around it.
+    with suppress(trio.Cancelled, BaseExceptionGroup):
+        async with trio.open_nursery() as nursery:
+            for state in (Ready.R, Ready.W):
+                if wanted & state:
+                    nursery.start_soon(wait_for, state)
     if closed:
         raise trio.ClosedResourceError
+    if not ready:
+        await checkpoint_if_cancelled()
     return Ready(ready)
 
 
