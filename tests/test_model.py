@@ -223,7 +223,7 @@ class PoolMachine(RuleBasedStateMachine):
             return session
 
         if with_hooks:  # every returned worker passes through its host
-            hooks = whitepool.Hooks(on_checkin=lambda _: None, after_release=trio.lowlevel.checkpoint)
+            hooks = whitepool.Hooks(on_checkin=lambda _: None, after_release=lambda: trio.sleep(0.3))
             options["hooks"] = hooks
         self.limit = options["pool_size"] + options["max_overflow"]
         self.options = options
@@ -590,3 +590,55 @@ TestPool.settings = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+# -- What it has found, as plain tests ---------------------------------------------------------------
+
+
+async def test_a_crash_and_a_slow_end_at_once(autojump_clock: trio.testing.MockClock) -> None:
+    """A worker that crashes and takes too long to close doesn't take the pool with it. (Rule 5.)"""
+    shop = Workshop()
+    shop.before_close = lambda _: trio.sleep(1)
+    async with whitepool.open_pool(shop.with_nursery, pool_size=1, close_timeout=0.5) as session:
+        shop.tools[0].crash.set()
+        await trio.sleep(10)
+        async with session.worker() as tool:
+            assert tool is not shop.tools[0]
+
+
+async def test_a_crash_during_after_release(autojump_clock: trio.testing.MockClock) -> None:
+    """It is noticed at once, though the hook takes its time. (Rule 6.)"""
+    shop = Workshop()
+    hooks = whitepool.Hooks(after_release=lambda: trio.sleep(2))
+    async with whitepool.open_pool(
+        shop.with_nursery, pool_size=1, max_overflow=0, hooks=hooks
+    ) as session:
+        async with session.worker() as first:
+            pass
+        await trio.sleep(1)
+        first.crash.set()
+        await trio.testing.wait_all_tasks_blocked()
+        async with session.worker() as other:
+            assert other is not first
+
+
+async def test_pauses_between_failures_do_not_end(autojump_clock: trio.testing.MockClock) -> None:
+    """Also where starts succeed and fail at the same instant, as on a mocked clock. (Rule 5.)"""
+    shop = Workshop()
+
+    async def client() -> None:
+        async with session.worker(math.inf):
+            await trio.sleep(1)
+
+    async def only_the_second(attempt: int) -> None:
+        if attempt > 100:
+            await trio.sleep_forever()  # instead of trying again and again, while no time passes
+        if attempt != 2:
+            raise OSError("connection refused")
+
+    shop.before_open = only_the_second
+    async with whitepool.open_pool(shop.make, pool_size=0, max_overflow=3) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(client)
+        assert shop.attempts < 100
