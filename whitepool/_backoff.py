@@ -39,7 +39,7 @@ class Backoff:
     def failed(self, error: Exception, *, begun: float, now: float) -> None:
         """Note that a start which began at the time `begun` has failed."""
         self.last_error = error
-        if begun <= self._last_failure:
+        if begun < self._last_failure:
             return  # it was under way when another failed: the same wave, not a further refusal
         # Successes between them do not count: a server may take connections only to drop them.
         if now > self._last_failure + CALM:

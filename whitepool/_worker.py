@@ -132,8 +132,8 @@ class Worker(Generic[T]):
         opened = False
         failure: Exception | None = None
         self._life.deadline = begun + options.start_timeout
-        with self._life:
-            try:
+        try:
+            with self._life:
                 async with self._manager.lifespan() as self.obj:
                     await call(options.hooks.on_create, self.obj)
                     await checkpoint_if_cancelled()  # too late is too late
@@ -146,8 +146,8 @@ class Worker(Generic[T]):
                     finally:
                         owner.left(self)
                         self._life.deadline = trio.current_time() + options.close_timeout
-            except Exception as error:
-                failure = unwrapped(error)
+        except Exception as error:
+            failure = unwrapped(error)
         if opened:
             if self._life.cancelled_caught:
                 failure = trio.TooSlowError(f"not closed within {options.close_timeout} s")
@@ -205,7 +205,7 @@ class Worker(Generic[T]):
 
     async def _call_quietly(self, hook: str, timeout: float, *arguments: object) -> None:
         """Call a hook that can't change anything any more."""
-        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout, shield=True)
+        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
         try:
             with self._activity:
                 await call(getattr(self._options.hooks, hook), *arguments)
