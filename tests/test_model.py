@@ -282,9 +282,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.clients.append(client)
         self.trio.nursery.start_soon(self._client, client, checkout)
 
-    @rule(timeout=st.sampled_from([0.0, 0.5, 3.0, math.inf]))
-    def block_checkout(self, timeout: float) -> None:
-        self.trio.run(self._enter, timeout, lambda: self.session.block_checkout(timeout))
+    @rule(timeout=st.sampled_from([0.0, 0.5, 3.0, math.inf]), clients=st.integers(1, 4))
+    def block_checkout(self, timeout: float, clients: int) -> None:
+        for _ in range(clients):
+            self.trio.run(self._enter, timeout, lambda: self.session.block_checkout(timeout))
 
     @rule()
     def nonblock_checkout(self) -> None:
@@ -589,6 +590,7 @@ TestPool.settings = settings(
     derandomize=False,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
+    report_multiple_bugs=False,
 )
 
 

@@ -1335,14 +1335,19 @@ async def test_a_cancelled_task_does_not_disturb_the_other(
 # -- Cancelling by request, and how a request is made ---------------------------------------------
 
 
-@pytest.fixture(params=["without a thread", "in a thread"])
+CAN_CANCEL_SAFELY = capabilities.has_cancel_safe()
+# psycopg in C keeps the GIL while a thread cancels: no task could play the network meanwhile.
+THREADS_LEAVE_ROOM = psycopg.pq.__impl__ == "python"
+WAYS = [*(["without a thread"] if CAN_CANCEL_SAFELY else []), "in a thread"]
+WAYS_THAT_LEAVE_ROOM = WAYS if THREADS_LEAVE_ROOM else WAYS[:1]
+
+
+@pytest.fixture(params=WAYS)
 def by_thread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether libpq is too old to cancel without blocking; where it is not, it plays it."""
     if request.param == "in a thread":
         monkeypatch.setattr(capabilities, "has_cancel_safe", lambda check=False: False)
         return True
-    if not capabilities.has_cancel_safe():
-        pytest.skip("this libpq can only cancel in a thread")
     return False
 
 
@@ -1416,11 +1421,11 @@ async def test_a_server_that_ignores_a_request_to_cancel(
     await onlooker.until_gone(mine)
 
 
+@pytest.mark.parametrize("by_thread", WAYS_THAT_LEAVE_ROOM, indirect=True)
 async def test_a_network_that_swallows_a_request_to_cancel(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, by_thread: bool
 ) -> None:
     """Where a request to cancel is never answered, the connection is closed after a bounded time."""
-    skip_where_requests_block_everything(by_thread)
     monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.3)
     patience = 2.0
 
@@ -1466,12 +1471,6 @@ async def test_a_request_to_cancel_that_is_refused(
     with pytest.raises(psycopg.OperationalError):
         await connection.execute("SELECT 1")
     onlooker.ask("SELECT pg_terminate_backend(%s)", mine)
-
-
-def skip_where_requests_block_everything(by_thread: bool) -> None:
-    """psycopg in C keeps the GIL while a thread cancels: no task could play the network meanwhile."""
-    if by_thread and psycopg.pq.__impl__ != "python":
-        pytest.skip("this implementation of psycopg holds the GIL while it cancels in a thread")
 
 
 @pytest.mark.parametrize("block", ["transaction", "pipeline", "connection"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -27,6 +27,7 @@ from psycopg.conninfo import (
 from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import AsyncTransaction
 from psycopg.waiting import Wait
+from trio.lowlevel import enable_ki_protection
 
 from .._manager import WorkerManager
 from ._waiting import drive, poll, ready_now
@@ -53,6 +54,7 @@ class Lock:
     def __init__(self) -> None:
         self._free = trio.Semaphore(1, max_value=1)
 
+    @enable_ki_protection
     async def __aenter__(self) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
@@ -60,8 +62,18 @@ class Lock:
         except trio.WouldBlock:
             await self._free.acquire()
 
-    async def __aexit__(self, *_: object) -> None:
+    def __aexit__(self, *_: object) -> Awaitable[None]:
+        # A plain function: a Ctrl-C may strike between the call and the await.
         self._free.release()
+        return _Nothing()
+
+
+class _Nothing:
+    """An awaitable of nothing."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
 
 
 @contextmanager
