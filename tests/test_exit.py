@@ -126,7 +126,9 @@ def test_ctrl_c_under_load(dsn: str, after: float) -> None:
         # Python itself loses a Ctrl-C that strikes in the middle of a weak reference's end, say.
         code, out, error = interrupt(child)
     assert (code, out) == (-signal.SIGINT, "closed, in use 0, idle 0, open 0\n"), error
-    assert error.strip().endswith("KeyboardInterrupt")
+    # Not always at the end: where it strikes inside contextlib, Python may have to say of the
+    # generator that it cut off that the run was over when it was collected.
+    assert "KeyboardInterrupt" in error
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
