@@ -16,6 +16,7 @@ from trio.lowlevel import (
     enable_ki_protection,
 )
 
+from ._done import DONE, Done
 from ._errors import NotCheckedOut, PoolClosed, PoolFull
 from ._hooks import call, call_now
 from ._options import check_seconds
@@ -263,10 +264,11 @@ class _Lease(AbstractAsyncContextManager[T]):
         return self._resource.get()
 
     @enable_ki_protection
-    async def __aexit__(
+    def __aexit__(  # type: ignore[override]  # a plain function, see `Done`
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> None:
+    ) -> Done:
         self._session.checkin(self._resource)
+        return DONE

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -29,6 +29,7 @@ from psycopg.transaction import AsyncTransaction
 from psycopg.waiting import Wait
 from trio.lowlevel import enable_ki_protection
 
+from .._done import DONE, Done
 from .._manager import WorkerManager
 from ._waiting import drive, poll, ready_now
 
@@ -62,18 +63,10 @@ class Lock:
         except trio.WouldBlock:
             await self._free.acquire()
 
-    def __aexit__(self, *_: object) -> Awaitable[None]:
-        # A plain function: a Ctrl-C may strike between the call and the await.
+    @enable_ki_protection
+    def __aexit__(self, *_: object) -> Done:
         self._free.release()
-        return _Nothing()
-
-
-class _Nothing:
-    """An awaitable of nothing."""
-
-    def __await__(self) -> Generator[None, None, None]:
-        return
-        yield
+        return DONE
 
 
 @contextmanager
