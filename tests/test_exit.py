@@ -381,6 +381,8 @@ def test_silence_is_the_default(dsn: str) -> None:
 
 
 if __name__ == "__main__":
+    # Where the tests run in the background, Python was started to ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     scenario = globals()[sys.argv[1]]
     try:
         if sys.argv[1] == "out_in_a_daemon_thread":
