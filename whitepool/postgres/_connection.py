@@ -7,6 +7,7 @@ lock, the wait for a query, cancelling and closing. The rest is psycopg's own.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -72,7 +73,7 @@ class Lock:
 @contextmanager
 def _tidying(connection: psycopg.AsyncConnection[Any]) -> Iterator[trio.CancelScope]:
     """Leave a block in order: where the task is being cancelled, shielded and bounded."""
-    if trio.current_effective_deadline() > trio.current_time():
+    if trio.current_effective_deadline() > -math.inf:
         yield trio.CancelScope()
         return
     assert isinstance(connection, TrioConnection)
@@ -423,7 +424,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 yield pipeline
         finally:
             if pipeline.level == 0:
-                with _tidying(self):
+                if self.pgconn.pipeline_status:
+                    self._finish()  # a cancellation has come between: it is not to be left any more
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT):
                     async with self.lock:
                         self._pipeline = None
 
