@@ -7,6 +7,7 @@ how the pool works: everything that it checks after each step is something that 
 from __future__ import annotations
 
 import math
+import signal
 import socket
 import threading
 import warnings
@@ -42,7 +43,8 @@ class BackgroundTrio:
         self._token: trio.lowlevel.TrioToken
         self._is_up = threading.Event()
         self._end: Outcome[None] = Value(None)
-        self._thread = threading.Thread(target=self._live)
+        self.hangs = False
+        self._thread = threading.Thread(target=self._live, daemon=True)
         self._thread.start()
         self._is_up.wait()
         # The run can be repeated only if this thread and that one never compete.
@@ -65,12 +67,21 @@ class BackgroundTrio:
             await trio.testing.wait_all_tasks_blocked()
             return result
 
+        def ring(*_: object) -> None:
+            self.hangs = True
+            raise TimeoutError("the pool hangs, or spins")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        signal.alarm(5)
         try:
             return trio.from_thread.run(call, trio_token=self._token)
         except (trio.Cancelled, trio.RunFinishedError):
             self._thread.join()
             self._end.unwrap()  # a task has crashed
             raise
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
 
     async def let_pass(self, seconds: float) -> None:
         """Let time pass as it does: whatever falls due, falls due one after the other."""
@@ -79,6 +90,8 @@ class BackgroundTrio:
         self.clock.autojump_threshold = math.inf
 
     def stop(self) -> None:
+        if self.hangs:
+            return  # it can't be stopped
         with suppress(trio.RunFinishedError):
             trio.from_thread.run_sync(self.nursery.cancel_scope.cancel, trio_token=self._token)
         self._thread.join(timeout=10)
@@ -138,7 +151,7 @@ class Moody(Manager):
             await trio.sleep(1)
         elif mood == "hanging":
             await trio.sleep_forever()
-        if mood == "failing" or tool in self.dead:
+        if mood in ("failing", "flaky") or tool in self.dead:
             raise OSError("no answer")
 
     async def _before_open(self, attempt: int) -> None:
@@ -153,7 +166,7 @@ class Moody(Manager):
                 await trio.sleep(0.7)
             elif self.opens == "hanging":
                 await trio.sleep_forever()
-            if self.opens == "failing" or (self.opens == "flaky" and attempt % 2):
+            if self.opens == "failing" or (self.opens == "flaky" and attempt % 2 == 0):
                 raise OSError("connection refused")
         except BaseException:
             self.last_failure = trio.current_time()
@@ -171,6 +184,8 @@ class Client:
     number: int
     """Clients come one after the other: the one with the smaller number joined the line first."""
     deadline: float
+    comes_too_late: bool
+    """The pool has begun to shut down."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     end: str = "waiting"
     ended_at: float = math.inf
@@ -179,7 +194,8 @@ class Client:
 seconds = st.sampled_from([0.05, 0.5, 2.0, 10.0, 40.0])
 any_of = st.integers(0, 11)
 """Which one of however many there are."""
-moods = st.sampled_from(["ok", "slow", "failing", "hanging"])
+moods = st.sampled_from(["ok", "slow", "failing", "flaky", "hanging"])
+deaths = st.sampled_from(["crashes", "hangs up", "is dead"])
 periods = st.one_of(st.just(math.inf), st.integers(5, 30).map(float))
 
 
@@ -216,8 +232,9 @@ class PoolMachine(RuleBasedStateMachine):
         check_interval=st.sampled_from([math.inf, 3.0]),
         patience=st.sampled_from([0.4, 1.0]),
         with_hooks=st.booleans(),
+        opens=st.sampled_from(["ok", "ok", "slow", "flaky", "failing"]),
     )
-    def open(self, seed: object, with_hooks: bool, **options: Any) -> None:
+    def open(self, seed: object, with_hooks: bool, opens: str, **options: Any) -> None:
         async def open_it() -> whitepool.Session[Tool]:
             session: whitepool.Session[Tool] = await self.trio.nursery.start(pool.run_service)
             return session
@@ -231,6 +248,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.manager, reset_timeout=RESET_TIMEOUT, start_timeout=START_TIMEOUT, **options
         )
         self.session = self.trio.run(open_it)
+        self.manager.opens = opens
 
     # -- Clients ---------------------------------------------------------------------------------------
 
@@ -248,13 +266,19 @@ class PoolMachine(RuleBasedStateMachine):
             except whitepool.CheckoutTimeout:
                 client.end = "timed out"
                 self._expect(trio.current_time() >= client.deadline, f"{client} timed out too early")
-            except (whitepool.PoolError, RuntimeError) as error:
+            except whitepool.PoolClosed:
+                client.end = "sent away"
+                in_time = trio.current_time() < self.closes_by
+                self._expect(client.comes_too_late or not in_time, f"{client} was not served")
+            except (whitepool.PoolFull, whitepool.PoolStartError) as error:
                 client.end = type(error).__name__
             else:
                 client.end = "served"
                 self._receive(resource)
         if client.scope.cancelled_caught:
             client.end = "cancelled"
+        elif client.comes_too_late:
+            self._expect(client.end == "sent away", f"{client} was let in")
         client.ended_at = trio.current_time()
 
     def _receive(self, resource: whitepool.Resource[Tool]) -> None:
@@ -278,7 +302,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.complaints.append(else_complain)
 
     async def _enter(self, timeout: float, checkout: Callable[[], Awaitable[Any]]) -> None:
-        client = Client(len(self.clients), trio.current_time() + timeout)
+        client = Client(len(self.clients), trio.current_time() + timeout, self.draining)
         self.clients.append(client)
         self.trio.nursery.start_soon(self._client, client, checkout)
 
@@ -381,43 +405,37 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- Misfortunes -----------------------------------------------------------------------------------
 
-    def _tool(self, which: int, busy: bool) -> Tool | None:
-        there = [tool for tool in self.shop.alive if (tool in self.held) is busy]
-        return there[which % len(there)] if there else None
+    async def _kill(self, tool: Tool, how: str) -> None:
+        if how == "crashes":
+            self.manager.crashed.add(tool)
+            tool.crash.set()
+        elif how == "hangs up":
+            self.manager.hung_up.add(tool)
+            self.manager.peers[tool][1].close()
+        else:
+            self.manager.dead.add(tool)
+            # One that was returned in this very millisecond isn't asked again.
+            await self.trio.let_pass(0.002)
 
-    @rule(which=any_of, busy=st.booleans(), how=st.sampled_from(["crashes", "hangs up", "is dead"]))
-    def a_worker_dies(self, which: int, busy: bool, how: str) -> None:
-        async def kill(tool: Tool) -> None:
-            if how == "crashes":
-                self.manager.crashed.add(tool)
-                tool.crash.set()
-            elif how == "hangs up":
-                self.manager.hung_up.add(tool)
-                self.manager.peers[tool][1].close()
-            else:
-                self.manager.dead.add(tool)
-                # One that was returned in this very millisecond isn't asked again.
-                await self.trio.let_pass(0.002)
+    @rule(which=any_of, how=deaths)
+    def an_idle_worker_dies(self, which: int, how: str) -> None:
+        """Or one that is being reset, probed or closed."""
+        there = [tool for tool in self.shop.alive if tool not in self.held]
+        if there:
+            self.trio.run(self._kill, there[which % len(there)], how)
 
-        tool = self._tool(which, busy)
-        if tool is not None:
-            self.trio.run(kill, tool)
+    @precondition(lambda self: self.leases)
+    @rule(which=any_of, how=deaths)
+    def a_busy_worker_dies(self, which: int, how: str) -> None:
+        self.trio.run(self._kill, self.leases[which % len(self.leases)].get(), how)
 
-    @rule(mood=st.sampled_from(["ok", "slow", "failing", "flaky", "hanging"]))
+    @rule(mood=moods)
     def opening_is(self, mood: str) -> None:
         self.manager.opens = mood
 
-    @rule(mood=moods)
-    def resetting_is(self, mood: str) -> None:
-        self.manager.resets_are = mood
-
-    @rule(mood=moods)
-    def probing_is(self, mood: str) -> None:
-        self.manager.checks = mood
-
-    @rule(mood=st.sampled_from(["ok", "slow"]))
-    def closing_is(self, mood: str) -> None:
-        self.manager.closes = mood
+    @rule(what=st.sampled_from(["resets_are", "checks", "closes"]), mood=moods)
+    def the_rest_is(self, what: str, mood: str) -> None:
+        setattr(self.manager, what, mood)
 
     @rule(confused=st.booleans())
     def the_manager_is_confused(self, confused: bool) -> None:
@@ -474,7 +492,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- The end ---------------------------------------------------------------------------------------
 
-    @precondition(lambda self: self.steps > 12)
+    @precondition(lambda self: self.steps > 8)
     @rule(timeout=st.sampled_from([0.0, 3.0, math.inf]))
     def shut_down(self, timeout: float) -> None:
         async def shut_down() -> None:
@@ -491,7 +509,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if hasattr(self, "session"):
+            if hasattr(self, "session") and not self.trio.hangs:
+                self.all_is_well_in_the_end()
                 self.trio.run(self._shut_down_now)
                 assert not self.complaints
                 assert not self.shop.alive
@@ -506,6 +525,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.trio.stop()
 
     async def _shut_down_now(self) -> None:
+        self.closes_by = trio.current_time()
         self.trio.clock.autojump_threshold = 0
         await self.session.safe_shutdown(0)
 
@@ -584,7 +604,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = PoolMachine.TestCase
 TestPool.settings = settings(
-    max_examples=60,
+    max_examples=120,
     stateful_step_count=40,
     deadline=None,
     derandomize=False,

@@ -1743,7 +1743,10 @@ async def terminated_in_a_stream(conn: Connection, dsn: str) -> object:
             async for _row in stream:
                 pass
 
-    return [await attempt(work()), state(conn)]
+    # Whether the server's last words arrive before the end is a matter of chance.
+    with pytest.raises(psycopg.OperationalError):
+        await work()
+    return state(conn)
 
 
 @scenario
