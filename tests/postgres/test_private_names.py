@@ -157,6 +157,15 @@ def test_every_private_name_is_listed_here() -> None:
     used = set(re.findall(r"(?:\.|\")(_[a-zA-Z]\w*)", source))
     defined = set(re.findall(r"(?:def|class) (_\w+)|self\.(_\w+)(?:: .*)? =", source))
     own |= {name for pair in defined for name in pair}
-    modules = {"_connection", "_manager", "_waiting", "_errors", "_options", "_pool", "_session"}
+    modules = {
+        "_connection",
+        "_done",
+        "_manager",
+        "_waiting",
+        "_errors",
+        "_options",
+        "_pool",
+        "_session",
+    }
     elsewhere = {"_open"}  # of whitepool's own Pool
     assert used - listed - own - modules - elsewhere == set()
