@@ -14,6 +14,7 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
@@ -195,6 +196,7 @@ seconds = st.sampled_from([0.05, 0.5, 2.0, 10.0, 40.0])
 any_of = st.integers(0, 11)
 """Which one of however many there are."""
 moods = st.sampled_from(["ok", "slow", "failing", "flaky", "hanging"])
+ways_to_return = st.sampled_from(["checkin", "checkin", "dirty", "dirty", "destroyed", "leak"])
 deaths = st.sampled_from(["crashes", "hangs up", "is dead"])
 periods = st.one_of(st.just(math.inf), st.integers(5, 30).map(float))
 
@@ -306,23 +308,20 @@ class PoolMachine(RuleBasedStateMachine):
         self.clients.append(client)
         self.trio.nursery.start_soon(self._client, client, checkout)
 
-    @rule(timeout=st.sampled_from([0.0, 0.5, 3.0, math.inf]), clients=st.integers(1, 4))
-    def block_checkout(self, timeout: float, clients: int) -> None:
-        for _ in range(clients):
-            self.trio.run(self._enter, timeout, lambda: self.session.block_checkout(timeout))
+    @rule(timeouts=st.lists(st.sampled_from([0.0, 0.5, 3.0, math.inf]), min_size=1, max_size=4))
+    def block_checkout(self, timeouts: list[float]) -> None:
+        for timeout in timeouts:
+            self.trio.run(self._enter, timeout, partial(self.session.block_checkout, timeout))
 
-    @rule()
-    def nonblock_checkout(self) -> None:
-        self.trio.run(self._enter, math.inf, self.session.nonblock_checkout)
-
-    @rule()
-    def checkout_nowait(self) -> None:
-        async def checkout() -> whitepool.Resource[Tool]:
+    @rule(waits=st.booleans())
+    def checkout_without_queueing(self, waits: bool) -> None:
+        async def checkout_nowait() -> whitepool.Resource[Tool]:
             try:
                 return self.session.checkout_nowait()
             except trio.WouldBlock:
                 raise whitepool.PoolFull from None
 
+        checkout = self.session.nonblock_checkout if waits else checkout_nowait
         self.trio.run(self._enter, math.inf, checkout)
 
     @precondition(lambda self: self.waiting)
@@ -341,7 +340,7 @@ class PoolMachine(RuleBasedStateMachine):
         async def both() -> None:
             if cancel_first:
                 client.scope.cancel()
-            self._give_back(which, self.session.checkin)
+            self._give_back(which)
             client.scope.cancel()
 
         client = self.waiting[0]  # it is the one to be served
@@ -350,29 +349,29 @@ class PoolMachine(RuleBasedStateMachine):
 
     # -- Returns ---------------------------------------------------------------------------------------
 
-    def _give_back(self, which: int, give_back: Callable[[whitepool.Resource[Tool]], None]) -> None:
+    def _give_back(self, which: int, way: str = "checkin") -> None:
         resource = self.leases.pop(which % len(self.leases))
-        self.held.remove(resource.get())
-        give_back(resource)
+        tool = resource.get()
+        self.held.remove(tool)
+        if way == "leak":
+            self.leaked += tool in self._tools_in_use([tool])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ResourceWarning)
+                del resource  # the last reference
+            return
+        if way == "dirty":
+            self.manager.dirty.add(tool)
+        (self.session.destroyed if way == "destroyed" else self.session.checkin)(resource)
         self.returned.append(resource)
 
     @precondition(lambda self: self.leases)
-    @rule(which=any_of, dirty=st.booleans())
-    def checkin(self, which: int, dirty: bool) -> None:
-        async def checkin() -> None:
-            if dirty:
-                self.manager.dirty.add(self.leases[which % len(self.leases)].get())
-            self._give_back(which, self.session.checkin)
+    @rule(ways=st.lists(st.tuples(any_of, ways_to_return), min_size=1, max_size=4))
+    def give_back(self, ways: list[tuple[int, str]]) -> None:
+        async def all_at_once() -> None:
+            for which, way in ways[: len(self.leases)]:
+                self._give_back(which, way)
 
-        self.trio.run(checkin)
-
-    @precondition(lambda self: self.leases)
-    @rule(which=any_of)
-    def destroyed(self, which: int) -> None:
-        async def destroyed() -> None:
-            self._give_back(which, self.session.destroyed)
-
-        self.trio.run(destroyed)
+        self.trio.run(all_at_once)
 
     @precondition(lambda self: self.returned)
     @rule(which=any_of, broken=st.booleans())
@@ -388,20 +387,6 @@ class PoolMachine(RuleBasedStateMachine):
 
         give_back = self.session.destroyed if broken else self.session.checkin
         self.trio.run(return_again)
-
-    @precondition(lambda self: self.leases)
-    @rule(which=any_of)
-    def leak(self, which: int) -> None:
-        async def forget() -> None:
-            resource = self.leases.pop(which % len(self.leases))
-            tool = resource.get()
-            self.held.remove(tool)
-            self.leaked += tool in self._tools_in_use([tool])
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ResourceWarning)
-                del resource  # the last reference
-
-        self.trio.run(forget)
 
     # -- Misfortunes -----------------------------------------------------------------------------------
 
@@ -472,7 +457,7 @@ class PoolMachine(RuleBasedStateMachine):
                     client.scope.cancel()
             for _ in range(100):
                 while self.leases:
-                    self._give_back(0, self.session.checkin)
+                    self._give_back(0)
                 await self.trio.let_pass(1)
                 if not self.waiting and not self.leases:
                     break

@@ -262,7 +262,7 @@ async def test_leaving_by_cancellation_is_bounded(autojump_clock: trio.testing.M
     async def hang(_: Tool) -> None:
         nonlocal closing
         closing += 1
-        await trio.sleep_forever()
+        await trio.sleep(1000)
 
     shop.before_close = hang
     with trio.move_on_after(1) as scope:

@@ -503,8 +503,9 @@ async def test_a_forgotten_resource_serves_a_waiter() -> None:
         async with trio.open_nursery() as nursery:
 
             async def client() -> None:
-                async with session.worker(timeout=math.inf):
-                    pass
+                with trio.fail_after(10):
+                    async with session.worker(timeout=math.inf):
+                        pass
 
             nursery.start_soon(client)
             await trio.testing.wait_all_tasks_blocked()

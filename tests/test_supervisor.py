@@ -217,7 +217,7 @@ async def test_a_worker_that_hangs_in_closing_is_abandoned(
 ) -> None:
     """After `close_timeout`; it is logged, and its place is taken by another."""
     shop = Workshop()
-    shop.before_close = lambda _: trio.sleep_forever()
+    shop.before_close = lambda _: trio.sleep(1000)
     async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=0, close_timeout=2) as session:
         session.destroyed(await session.block_checkout())
         async with session.worker():
