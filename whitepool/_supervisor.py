@@ -274,6 +274,7 @@ class Supervisor(Generic[T]):
         if isinstance(error, PoolStartError) and not self._opened.is_set():
             self._final_error = error
             self._opened.set()
+            self.drain()
         for task in self.line.not_queueing.intersection(self.line.waiters):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
             refusal.__cause__ = error
