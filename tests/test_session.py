@@ -717,3 +717,23 @@ async def test_repr_tells_how_the_pool_stands() -> None:
     async with pool(name="mine") as session:
         assert repr(session) == "<whitepool.Session of mine: ready, 0 in use>"
         assert session.name == "mine"
+
+
+async def test_the_longest_wait(autojump_clock: trio.testing.MockClock) -> None:
+    """The statistics tell since when the first in line waits, whatever its timeout."""
+    async with pool(pool_size=1) as session, trio.open_nursery() as nursery:
+        assert session.statistics().longest_wait == 0
+        held = await session.block_checkout()
+        assert session.statistics().longest_wait == 0
+
+        async def client(timeout: float) -> None:
+            async with session.worker(timeout):
+                pass
+
+        nursery.start_soon(client, math.inf)
+        await trio.sleep(2)
+        nursery.start_soon(client, 10)
+        await trio.sleep(1)
+        assert session.statistics().longest_wait == pytest.approx(3)
+        session.checkin(held)
+        assert session.statistics().longest_wait == pytest.approx(1)

@@ -71,12 +71,10 @@ class Line(Generic[T]):
     async def join(self, timeout: float) -> Worker[T]:
         """Wait in line for a worker, for at most `timeout` seconds."""
         task = current_task()
+        now = trio.current_time()
         self._joined = number = self._joined + 1
-        if timeout == math.inf:
-            self.waiters[task] = (number, 0, timeout)
-        else:
-            now = trio.current_time()
-            self.waiters[task] = (number, now, timeout)
+        self.waiters[task] = (number, now, timeout)
+        if timeout != math.inf:
             if len(self._appointments) > 64 + 2 * len(self.waiters):
                 self._appointments = [entry for entry in self._appointments if self._waits(entry)]
                 heapify(self._appointments)
@@ -91,6 +89,11 @@ class Line(Generic[T]):
             return Abort.SUCCEEDED
 
         return cast("Worker[T]", await wait_task_rescheduled(abort))
+
+    def longest_wait(self, now: float) -> float:
+        """Return for how many seconds the first in line has been waiting."""
+        _, since, _ = next(iter(self.waiters.values()), (0, now, 0))
+        return now - since
 
     def serve(self, worker: Worker[T]) -> None:
         """Give a worker to the longest-waiting task."""

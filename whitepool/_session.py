@@ -192,7 +192,7 @@ class Session(Generic[T]):
         worker = resource._worker
         if worker is None:
             raise NotCheckedOut("the resource has been returned already")
-        if resource._session is not self:
+        if resource._session._supervisor is not self._supervisor:
             raise NotCheckedOut(f"the resource is of {resource._session.name}, not of {self.name}")
         resource._worker = None
         return worker

@@ -48,6 +48,9 @@ class PoolStatistics:
     waiting: int
     """Tasks in line for a worker."""
 
+    longest_wait: float
+    """Seconds for which the first of them has been waiting; 0 where nobody waits."""
+
     checkouts: int
     """Checkouts that got a worker, since the pool was opened."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import trio
@@ -76,6 +77,7 @@ class Supervisor(Generic[T]):
         self._opened = trio.Event()
         self._final_error: PoolStartError | None = None
         self._troubles = Troubles(self.name)
+        self._when_started: list[Callable[[float], None]] = []
         self._news = False
         # Workers that are ready, or None: look around.
         self._inbox, self._outbox = trio.open_memory_channel[Worker[T] | None](math.inf)
@@ -241,6 +243,7 @@ class Supervisor(Generic[T]):
             starting=self._starting,
             resetting=self._in_host,
             waiting=len(self.line.waiters),
+            longest_wait=self.line.longest_wait(self.now()),
             checkouts=counts["checkouts"],
             timeouts=counts["timeouts"],
             overloads=counts["overloads"],
@@ -251,6 +254,13 @@ class Supervisor(Generic[T]):
             destroyed=counts["destroyed"],
             leaked=counts["leaked"],
         )
+
+    def tell_of_starts(self, tell: Callable[[float], None]) -> None:
+        """Tell how many seconds each worker took to open: those that are open, and those to come."""
+        for worker in self._workers:
+            if worker.place in (Place.HOST, Place.OUT):
+                tell(worker.opened_in)
+        self._when_started.append(tell)
 
     # -- What hosts tell it --------------------------------------------------------------------------
 
@@ -264,6 +274,8 @@ class Supervisor(Generic[T]):
         if self._backoff.last_error is not None:
             log.warning("start_recovered", pool=self.name, failures=self._backoff.failures)
         self._backoff.succeeded()
+        for tell in self._when_started:
+            tell(worker.opened_in)
 
     def start_failed(self, worker: Worker[T], error: Exception, begun: float) -> None:
         worker.place = Place.LEAVING

@@ -61,6 +61,7 @@ class Worker(Generic[T]):
         "needs_reset",
         "obj",
         "opened_at",
+        "opened_in",
         "place",
         "probed",
         "probing",
@@ -76,6 +77,8 @@ class Worker(Generic[T]):
         # Between 0.9 and 1: workers that were opened together don't reconnect together.
         self.jitter = random.uniform(0.9, 1)
         self.opened_at = -math.inf
+        self.opened_in = 0.0
+        """Seconds that opening it took."""
         self.expires = math.inf
         self.idle_since = -math.inf
         self.probed = -math.inf
@@ -139,6 +142,7 @@ class Worker(Generic[T]):
                     await checkpoint_if_cancelled()  # too late is too late
                     self._life.deadline = math.inf
                     self._learn_manners()
+                    self.opened_in = self.opened_at - begun
                     opened = True
                     owner.started(self)
                     try:
