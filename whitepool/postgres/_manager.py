@@ -70,6 +70,8 @@ _FINAL = re.compile(
     r"|no pg_hba\.conf entry|pg_hba\.conf rejects connection"
     r"|(database|role) \".*\" does not exist|no such (database|user)"
     r"|permission denied for database|is not permitted to log in"
+    r"|certificate verify failed|server certificate for .* does not match host name"
+    r"|server does not support SSL|root certificate file \".*\" does not exist"
     r"|invalid \w+ value",
     re.DOTALL,
 )
@@ -112,7 +114,7 @@ class PostgresManager(ConnectionManager):
     """Opens connections to PostgreSQL for a pool, and makes them ready for their next client.
 
     A refusal that would only be repeated (a wrong password, a database or a role that does not
-    exist) ends the opening of a pool at once.
+    exist, a certificate that does not verify) ends the opening of a pool at once.
 
     Args:
       conninfo: the connection string, as for `connect`.
