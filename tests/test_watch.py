@@ -95,7 +95,7 @@ async def test_a_hang_up_is_told_once(pair: Pair, watch: HangupWatch[str]) -> No
     watch.add(ours.fileno(), "worker")
     theirs.close()
     assert await news(watch) == ["worker"]
-    assert not watch
+    assert not watch.watched
     assert watch.hung_up() == []
     assert await is_quiet(watch)
 
@@ -155,7 +155,7 @@ async def test_a_removed_worker_is_not_told(pair: Pair, watch: HangupWatch[str])
     ours, theirs = pair
     watch.add(ours.fileno(), "worker")
     watch.remove(ours.fileno(), "worker")
-    assert not watch
+    assert not watch.watched
     theirs.close()
     assert await is_quiet(watch)
     assert watch.hung_up() == []
@@ -181,7 +181,7 @@ async def test_a_descriptor_that_its_owner_closed(watch: HangupWatch[str]) -> No
     theirs.close()
     assert await is_quiet(watch)
     watch.remove(fileno, "worker")
-    assert not watch
+    assert not watch.watched
 
 
 async def test_a_descriptor_number_that_is_used_again(watch: HangupWatch[str]) -> None:
@@ -250,7 +250,7 @@ async def test_what_can_not_be_watched(watch: HangupWatch[str]) -> None:
         watch.add(closed, "worker that is closed")
         watch.add(-1, "worker that says it is closed")
         watch.add(None, "worker without a descriptor")
-        assert not watch
+        assert not watch.watched
         assert await is_quiet(watch)
         watch.remove(file.fileno(), "worker on a file")
 
@@ -262,7 +262,7 @@ async def test_a_closed_watch_is_empty(pair: Pair) -> None:
     watch.add(ours.fileno(), "worker")
     watch.close()
     watch.close()
-    assert not watch
+    assert not watch.watched
     assert watch.hung_up() == []
     theirs.sendall(b"still open")
     assert ours.recv(100) == b"still open"

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar
 
 import trio
 from outcome import Error, Value
@@ -67,28 +67,31 @@ class Line(Generic[T]):
         # before, and to look for each would cost more than the wait.
         self._appointments: list[tuple[float, int, Task]] = []
         self._alarm = trio.CancelScope()
+        self._wakes_at = math.inf  # the alarm's deadline, which costs a call to ask
+        self._now = trio.lowlevel.current_clock().current_time
 
     async def join(self, timeout: float) -> Worker[T]:
         """Wait in line for a worker, for at most `timeout` seconds."""
         task = current_task()
-        now = trio.current_time()
+        now = self._now()
         self._joined = number = self._joined + 1
         self.waiters[task] = (number, now, timeout)
         if timeout != math.inf:
-            if len(self._appointments) > 64 + 2 * len(self.waiters):
+            if len(self._appointments) > 64 + 4 * len(self.waiters):
                 self._appointments = [entry for entry in self._appointments if self._waits(entry)]
                 heapify(self._appointments)
             first = now + self._patience * timeout
             heappush(self._appointments, (first, number, task))
-            if first < self._alarm.deadline:
-                self._alarm.deadline = first
+            if first < self._wakes_at:
+                self._alarm.deadline = self._wakes_at = first
 
         def abort(_: object) -> Abort:
             del self.waiters[task]
             self._left_unserved()
             return Abort.SUCCEEDED
 
-        return cast("Worker[T]", await wait_task_rescheduled(abort))
+        worker: Worker[T] = await wait_task_rescheduled(abort)
+        return worker
 
     def longest_wait(self, now: float) -> float:
         """Return for how many seconds the first in line has been waiting."""
@@ -116,14 +119,15 @@ class Line(Generic[T]):
     async def keep_time(self) -> None:
         """Send away those whose time is up. One task does it for all of them."""
         while True:
-            now = trio.current_time()
+            now = self._now()
             next_look = self._look(now)
             while self._appointments and self._appointments[0][0] <= now:
                 entry = heappop(self._appointments)
                 if self._waits(entry):
                     self._attend(entry, now)
             earliest = self._appointments[0][0] if self._appointments else math.inf
-            with trio.CancelScope(deadline=min(earliest, next_look)) as self._alarm:
+            self._wakes_at = min(earliest, next_look)
+            with trio.CancelScope(deadline=self._wakes_at) as self._alarm:
                 await trio.sleep_forever()
 
     def _attend(self, entry: tuple[float, int, Task], now: float) -> None:

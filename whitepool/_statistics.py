@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+COUNTERS = (
+    "checkouts",
+    "timeouts",
+    "overloads",
+    "started",
+    "start_failures",
+    "retired",
+    "lost",
+    "destroyed",
+    "leaked",
+)
+"""What is counted from the opening on."""
+
 PoolState = Literal["ready", "overflow", "full", "draining", "closed"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -18,7 +17,7 @@ from ._line import Line
 from ._log import Troubles, log
 from ._manager import WorkerManager
 from ._options import Options
-from ._statistics import PoolState, PoolStatistics
+from ._statistics import COUNTERS, PoolState, PoolStatistics
 from ._watch import HangupWatch
 from ._worker import Place, Worker
 
@@ -51,7 +50,7 @@ class Supervisor(Generic[T]):
             refusal=self.refusal,
             left_unserved=self._one_has_left,
         )
-        self.counts: Counter[str] = Counter()
+        self.counts = dict.fromkeys(COUNTERS, 0)
         self.draining = False
         self.closed = trio.Event()
         self.now = trio.lowlevel.current_clock().current_time
@@ -85,7 +84,7 @@ class Supervisor(Generic[T]):
 
     # -- What sessions ask of it. All of it is plain functions: nothing here can be cancelled. --------
 
-    def admit(self, worker: Worker[T], *, unused: bool = False) -> None:
+    def admit(self, worker: Worker[T], now: float, *, unused: bool = False) -> None:
         """Give a worker that is ready to the longest-waiting task, else to the shelf."""
         if self.line.waiters:
             self.line.serve(worker)
@@ -96,12 +95,13 @@ class Supervisor(Generic[T]):
         elif unused:
             self.line.put_back(worker)
         else:
-            worker.idle_since = self.now()
+            worker.idle_since = now
             self.line.idle.append(worker)
 
     def take_back(self, worker: Worker[T]) -> None:
         """Receive a worker from a client, whatever its state."""
-        if self.now() > self._looked + LOOK_AGAIN_AFTER and self._watch:
+        now = self.now()
+        if now > self._looked + LOOK_AGAIN_AFTER and self._watch.watched:
             self._notice_hangups()
         if worker.condemned is not None and self._has_to_leave(worker):
             return
@@ -114,7 +114,7 @@ class Supervisor(Generic[T]):
                 self._to_host(worker)
                 worker.clean()
             else:
-                self.admit(worker)
+                self.admit(worker, now)
         except Exception as error:  # a manager's; the client is not to blame
             self._troubles.tell("manager_failed", error=str(error))
             self.dismiss(worker, "dead")
@@ -150,7 +150,7 @@ class Supervisor(Generic[T]):
 
         It is off the shelf already. It may have died without the event loop's noticing yet.
         """
-        if self._watch:
+        if self._watch.watched:
             self._notice_hangups()
         if worker.condemned == "hung_up":
             self.dismiss(worker, "hung_up")
@@ -222,7 +222,7 @@ class Supervisor(Generic[T]):
             ) from self._backoff.last_error
 
     def statistics(self) -> PoolStatistics:
-        idle, counts = len(self.line.idle), self.counts
+        idle = len(self.line.idle)
         state: PoolState
         if self.closed.is_set():
             state = "closed"
@@ -244,15 +244,7 @@ class Supervisor(Generic[T]):
             resetting=self._in_host,
             waiting=len(self.line.waiters),
             longest_wait=self.line.longest_wait(self.now()),
-            checkouts=counts["checkouts"],
-            timeouts=counts["timeouts"],
-            overloads=counts["overloads"],
-            started=counts["started"],
-            start_failures=counts["start_failures"],
-            retired=counts["retired"],
-            lost=counts["lost"],
-            destroyed=counts["destroyed"],
-            leaked=counts["leaked"],
+            **self.counts,
         )
 
     def tell_of_starts(self, tell: Callable[[float], None]) -> None:
@@ -350,7 +342,7 @@ class Supervisor(Generic[T]):
                 self._in_host -= 1
                 probed, worker.probing = worker.probing, False
                 if worker.condemned is None or not self._has_to_leave(worker):
-                    self.admit(worker, unused=probed)
+                    self.admit(worker, self.now(), unused=probed)
             self._retire_expired()
             self._balance()
             if self.draining and not self._workers and not self.line.waiters:

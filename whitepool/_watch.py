@@ -21,24 +21,21 @@ class HangupWatch(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._watched: dict[int, T] = {}
+        self.watched: dict[int, T] = {}
+        """Who is watched, by descriptor."""
         self._epoll = select.epoll() if sys.platform == "linux" else None
-
-    def __bool__(self) -> bool:
-        """Whether anything is watched."""
-        return bool(self._watched)
 
     def add(self, fileno: int | None, worker: T) -> None:
         """Watch a descriptor, unless there is none, or it can't be watched (a regular file)."""
         if self._epoll is not None and fileno is not None:
             with suppress(OSError, ValueError):
                 self._epoll.register(fileno, select.EPOLLRDHUP)
-                self._watched[fileno] = worker
+                self.watched[fileno] = worker
 
     def remove(self, fileno: int | None, worker: T) -> None:
         """Stop watching a descriptor. It need not be watched."""
         # The number may be another worker's by now.
-        if fileno is not None and self._watched.get(fileno) is worker:
+        if fileno is not None and self.watched.get(fileno) is worker:
             self._forget(fileno)
 
     def hung_up(self) -> list[T]:
@@ -47,8 +44,8 @@ class HangupWatch(Generic[T]):
         if self._epoll is not None and not self._epoll.closed:
             stale = False
             for fileno, _ in self._epoll.poll(0):
-                if fileno in self._watched and _has_hung_up(fileno):
-                    found.append(self._watched[fileno])
+                if fileno in self.watched and _has_hung_up(fileno):
+                    found.append(self.watched[fileno])
                     self._forget(fileno)
                 else:
                     stale = True
@@ -66,13 +63,13 @@ class HangupWatch(Generic[T]):
 
     def close(self) -> None:
         """Stop watching everything. The descriptors stay open."""
-        self._watched.clear()
+        self.watched.clear()
         if self._epoll is not None:
             self._epoll.close()
 
     def _forget(self, fileno: int) -> None:
         assert self._epoll is not None
-        del self._watched[fileno]
+        del self.watched[fileno]
         with suppress(OSError):  # it was closed, and the kernel has forgotten it
             self._epoll.unregister(fileno)
 
@@ -83,7 +80,7 @@ class HangupWatch(Generic[T]):
         there is a copy of it, as a child process may have one. It can't be unregistered any more.
         """
         assert self._epoll is not None
-        watched = self._watched.copy()
+        watched = self.watched.copy()
         trio.lowlevel.notify_closing(self._epoll)
         self.close()
         self._epoll = select.epoll()

@@ -24,7 +24,7 @@ Operation = Callable[[Connection], Awaitable[object]]
 
 SLEEP = "SELECT pg_sleep(30)"
 INSERT = "INSERT INTO log VALUES (1)"
-ENDLESS = "SELECT generate_series(1, 100000000)"
+ENDLESS = "SELECT repeat('x', 1000) FROM generate_series(1, 100000000)"
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ ERRORS = {"_WaitTimeout", "finish_pgconn"}
 NEW_ERRORS = {"_WaitTimeout": (3, 2, 4)}
 """Raised only where psycopg's `wait` has a timeout, which came together with it."""
 
-GENERATORS = {"copy_from", "execute", "fetch_many"}
+GENERATORS = {"execute"}
 
 
 @pytest.fixture

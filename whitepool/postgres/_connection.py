@@ -70,6 +70,26 @@ class Lock:
         return DONE
 
 
+def _skip_results(pgconn: pq.abc.PGconn) -> PQGen[None]:
+    """Read to the end of a query's results, and keep none of them.
+
+    The server may have sent some hundred thousand rows before it heard that nobody wants them.
+    """
+    while True:
+        while pgconn.is_busy():
+            yield Wait.R
+            pgconn.consume_input()
+        result = pgconn.get_result()
+        if result is None:
+            return
+        if result.status == pq.ExecStatus.COPY_OUT:
+            with suppress(psycopg.Error):  # the cancellation itself
+                while (length := pgconn.get_copy_data(1)[0]) >= 0:
+                    if length == 0:
+                        yield Wait.R
+                        pgconn.consume_input()
+
+
 @contextmanager
 def _tidying(connection: psycopg.AsyncConnection[Any]) -> Iterator[trio.CancelScope]:
     """Leave a block in order: where the task is being cancelled, shielded and bounded."""
@@ -321,7 +341,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                     self._copy_was_ended = True
                     await drive(generators.copy_end(pgconn, b"cancelled"), pgconn.socket)
             with suppress(Exception):
-                await self._drain()
+                await drive(_skip_results(pgconn), pgconn.socket)
         if scope.cancelled_caught or pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
             self._finish()
 
@@ -336,20 +356,6 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             yield
         finally:
             self._is_expendable = before
-
-    async def _drain(self) -> None:
-        """Read what is left of a query's results: its generator may have wanted only the first."""
-        pgconn = self.pgconn
-        while pgconn.transaction_status == _ACTIVE:
-            results = await drive(generators.fetch_many(pgconn), pgconn.socket)
-            if not results:
-                return
-            if results[-1].status == pq.ExecStatus.COPY_OUT:
-                with suppress(psycopg.Error):
-                    while isinstance(
-                        await drive(generators.copy_from(pgconn), pgconn.socket), memoryview
-                    ):
-                        pass
 
     def _has_ended_already(self, gen: PQGen[Any]) -> bool:
         """Say whether this is the rest, or the end, of a COPY that a cancellation has ended before."""
