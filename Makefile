@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-pgbouncer lint types clean
+.PHONY: help bench docs demo test test-pgbouncer lint types clean
 
 help:
 	@echo "make demo   the main job, against a PostgreSQL of its own"
@@ -12,6 +12,8 @@ help:
 	@echo "make test-pgbouncer   those that need PgBouncer"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict"
+	@echo "make bench  the benchmarks, in ten minutes, in an environment of their own"
+	@echo "make docs   the documentation, in docs/_build; a warning is an error"
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
@@ -30,13 +32,23 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# The other pools are not for .venv: they would be there when the tests and mypy run.
+bench: .venv-bench/installed
+	.venv-bench/bin/python -m benchmarks $(ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-bench
+
+EXTRA = dev
+.venv-bench/installed: EXTRA = bench
 
 # Some distributions ship Python without ensurepip; then their own pip fills the environment.
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
-	if [ -x $(BIN)/pip ]; then pip="$(BIN)/python -m pip"; \
-	else pip="$(PYTHON) -m pip --python $(BIN)/python"; fi; \
-	$$pip install --quiet --disable-pip-version-check --editable '.[dev]'
+%/installed: pyproject.toml
+	$(PYTHON) -m venv $* || $(PYTHON) -m venv --without-pip $*
+	if [ -x $*/bin/pip ]; then pip="$*/bin/python -m pip"; \
+	else pip="$(PYTHON) -m pip --python $*/bin/python"; fi; \
+	$$pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
 	touch $@

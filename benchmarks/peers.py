@@ -1,0 +1,368 @@
+"""The pools that are compared, each behind the same few operations.
+
+Each does what its own documentation tells a user to write, with its default settings; where there is
+a choice, the same on all sides: so many connections, no more and no fewer, and autocommit, as asyncpg
+has no other way, so that a query is one message to the server and back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import asyncpg
+import psycopg
+import psycopg_pool
+import trio
+import uvloop
+from psycopg.conninfo import conninfo_to_dict
+
+import whitepool.postgres
+
+OPENING_AT_ONCE = 4
+"""Connections that are opened at the same time: whitepool's default, for all that have the choice."""
+
+Start = Callable[..., object]
+
+
+@asynccontextmanager
+async def trio_tasks() -> AsyncIterator[Start]:
+    """Yield a function that starts tasks; wait for them all."""
+    async with trio.open_nursery() as nursery:
+        yield nursery.start_soon
+
+
+@asynccontextmanager
+async def asyncio_tasks() -> AsyncIterator[Start]:
+    """Yield a function that starts tasks; wait for them all. (asyncio's own is new in Python 3.11.)"""
+    tasks: list[asyncio.Task[object]] = []
+    yield lambda function, *arguments: tasks.append(asyncio.create_task(function(*arguments)))
+    await asyncio.gather(*tasks)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a case needs of an event loop."""
+
+    run: Callable[..., Any]
+    tasks: Callable[[], AbstractAsyncContextManager[Start]]
+    sleep: Callable[[float], Awaitable[None]]
+    event: Callable[[], Any]
+
+
+def _run_trio_asyncio(function: Callable[..., Any], *arguments: Any) -> Any:
+    import trio_asyncio  # changes what asyncio does, also for those who do not use it
+
+    return trio_asyncio.run(function, *arguments)
+
+
+TRIO = Loop(trio.run, trio_tasks, trio.sleep, trio.Event)
+TRIO_ASYNCIO = Loop(_run_trio_asyncio, trio_tasks, trio.sleep, trio.Event)
+ASYNCIO = Loop(
+    lambda function, *arguments: asyncio.run(function(*arguments)),
+    asyncio_tasks,
+    asyncio.sleep,
+    asyncio.Event,
+)
+UVLOOP = Loop(
+    lambda function, *arguments: uvloop.run(function(*arguments)),
+    asyncio_tasks,
+    asyncio.sleep,
+    asyncio.Event,
+)
+
+
+async def repeat(
+    loop: Loop, operation: Callable[[], Awaitable[None]], tasks: int, seconds: float
+) -> float:
+    """Let tasks repeat an operation until the time is up; return operations a second."""
+    done = 0
+    began = perf_counter()
+
+    async def client() -> None:
+        nonlocal done
+        while perf_counter() < began + seconds:
+            await operation()
+            done += 1
+
+    async with loop.tasks() as start:
+        for _ in range(tasks):
+            start(client)
+    return done / (perf_counter() - began)
+
+
+class Pool:
+    """An open pool, as the cases see it."""
+
+    async def checkout(self, turn: bool) -> None:
+        """Check a connection out and return it, at once or after a turn of the event loop."""
+        raise NotImplementedError
+
+    async def fetch(self, query: str) -> None:
+        """Send a query through the pool, and fetch all of its rows."""
+        raise NotImplementedError
+
+    async def fetch_within(self, seconds: float, query: str) -> None:
+        """The same, with one deadline for all of it; raises where that is not met."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One that takes part: how it is called, where it runs, how it is opened."""
+
+    name: str
+    loop: Loop
+    open: Callable[[str, int], AbstractAsyncContextManager[Pool]]
+    apart: bool = False
+    """Whether the others could not be measured any more in a process where this one has been."""
+
+
+@dataclass
+class Whitepool(Pool):
+    """The pool that all this is about."""
+
+    session: whitepool.Session[whitepool.postgres.TrioConnection[Any]]
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int) -> AsyncIterator[Pool]:
+        async with whitepool.postgres.open_pool(
+            dsn, pool_size=size, max_overflow=0, autocommit=True
+        ) as session:
+            yield cls(session)
+
+    async def checkout(self, turn: bool) -> None:
+        resource = await self.session.block_checkout()
+        if turn:
+            await trio.lowlevel.checkpoint()
+        self.session.checkin(resource)
+
+    async def fetch(self, query: str) -> None:
+        async with self.session.worker() as connection:
+            cursor = await connection.execute(query)
+            await cursor.fetchall()
+
+    async def fetch_within(self, seconds: float, query: str) -> None:
+        with trio.fail_after(seconds):
+            async with self.session.worker(timeout=seconds) as connection:
+                cursor = await connection.execute(query)
+                await cursor.fetchall()
+
+
+@dataclass
+class PsycopgPool(Pool):
+    """psycopg's own pool, on asyncio."""
+
+    pool: psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int) -> AsyncIterator[Pool]:
+        async with psycopg_pool.AsyncConnectionPool(
+            dsn,
+            min_size=size,
+            num_workers=OPENING_AT_ONCE,
+            kwargs={"autocommit": True},
+            open=False,
+        ) as pool:
+            await pool.wait()
+            yield cls(pool)
+
+    async def checkout(self, turn: bool) -> None:
+        connection = await self.pool.getconn()
+        if turn:
+            await asyncio.sleep(0)
+        await self.pool.putconn(connection)
+
+    async def fetch(self, query: str) -> None:
+        async with self.pool.connection() as connection:
+            cursor = await connection.execute(query)
+            await cursor.fetchall()
+
+    async def fetch_within(self, seconds: float, query: str) -> None:
+        async def fetch() -> None:
+            async with self.pool.connection(timeout=seconds) as connection:
+                cursor = await connection.execute(query)
+                await cursor.fetchall()
+
+        await asyncio.wait_for(fetch(), seconds)
+
+
+@dataclass
+class Asyncpg(Pool):
+    """asyncpg's pool, which resets a connection with a query of its own before it takes it back."""
+
+    pool: Any
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int, **options: Any) -> AsyncIterator[Pool]:
+        async with asyncpg.create_pool(
+            **asyncpg_keywords(dsn), min_size=size, max_size=size, **options
+        ) as pool:
+            yield cls(pool)
+
+    async def checkout(self, turn: bool) -> None:
+        connection = await self.pool.acquire()
+        if turn:
+            await asyncio.sleep(0)
+        await self.pool.release(connection)
+
+    async def fetch(self, query: str) -> None:
+        async with self.pool.acquire() as connection:
+            await connection.fetch(query)
+
+    async def fetch_within(self, seconds: float, query: str) -> None:
+        async def fetch() -> None:
+            async with self.pool.acquire(timeout=seconds) as connection:
+                await connection.fetch(query)
+
+        await asyncio.wait_for(fetch(), seconds)
+
+
+async def no_reset(_: Any) -> None:
+    """Reset nothing: asyncpg still rolls back a transaction that was left open, as the others do."""
+
+
+@dataclass
+class Triopg(Pool):
+    """asyncpg's pool on Trio, by way of trio-asyncio. It comes with asyncpg's reset only."""
+
+    pool: Any
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int) -> AsyncIterator[Pool]:
+        import triopg  # imports trio_asyncio
+
+        async with triopg.create_pool(**asyncpg_keywords(dsn), min_size=size, max_size=size) as pool:
+            yield cls(pool)
+
+    async def checkout(self, turn: bool) -> None:
+        async with self.pool.acquire():
+            if turn:
+                await trio.lowlevel.checkpoint()
+
+    async def fetch(self, query: str) -> None:
+        async with self.pool.acquire() as connection:
+            await connection.fetch(query)
+
+
+@dataclass
+class Threads(Pool):
+    """psycopg without async, in Trio's threads."""
+
+    pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]]
+    limiter: trio.CapacityLimiter
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int) -> AsyncIterator[Pool]:
+        pool = psycopg_pool.ConnectionPool(
+            dsn,
+            min_size=size,
+            num_workers=OPENING_AT_ONCE,
+            kwargs={"autocommit": True},
+            open=False,
+        )
+        try:
+            await trio.to_thread.run_sync(partial(pool.open, wait=True))
+            yield cls(pool, trio.CapacityLimiter(max(40, size)))  # 40 is Trio's default
+        finally:
+            pool.close()
+
+    async def checkout(self, turn: bool) -> None:
+        def checkout() -> None:
+            connection = self.pool.getconn()
+            if turn:
+                time.sleep(0)
+            self.pool.putconn(connection)
+
+        await trio.to_thread.run_sync(checkout, limiter=self.limiter)
+
+    async def fetch(self, query: str) -> None:
+        def fetch() -> None:
+            with self.pool.connection() as connection:
+                connection.execute(query).fetchall()
+
+        await trio.to_thread.run_sync(fetch, limiter=self.limiter)
+
+
+@dataclass
+class WithoutPool(Pool):
+    """The limit for queries: each task has a TrioConnection to itself."""
+
+    free: list[whitepool.postgres.TrioConnection[Any]]
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int) -> AsyncIterator[Pool]:
+        connections: list[whitepool.postgres.TrioConnection[Any]] = []
+        limiter = trio.CapacityLimiter(OPENING_AT_ONCE)
+
+        async def connect() -> None:
+            async with limiter:
+                connections.append(await whitepool.postgres.connect(dsn, autocommit=True))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(size):
+                nursery.start_soon(connect)
+        try:
+            yield cls(connections)
+        finally:
+            for connection in connections:
+                await connection.close()
+
+    async def checkout(self, turn: bool) -> None:
+        """The limit for checkouts: what any operation on Trio costs that is a checkpoint."""
+        await trio.lowlevel.checkpoint()
+
+    async def fetch(self, query: str) -> None:
+        connection = self.free.pop()  # there is one for each task
+        cursor = await connection.execute(query)
+        await cursor.fetchall()
+        self.free.append(connection)
+
+
+def asyncpg_keywords(dsn: str) -> dict[str, Any]:
+    """Say in asyncpg's words where the server is."""
+    words = conninfo_to_dict(dsn)
+    return {
+        "host": words["host"],
+        "port": words["port"],
+        "user": words["user"],
+        "database": words["dbname"],
+    }
+
+
+WHITEPOOL = Peer("whitepool", TRIO, Whitepool.open)
+PSYCOPG = Peer("psycopg_pool, asyncio", ASYNCIO, PsycopgPool.open)
+PSYCOPG_UVLOOP = Peer("psycopg_pool, uvloop", UVLOOP, PsycopgPool.open)
+ASYNCPG = Peer("asyncpg, asyncio", ASYNCIO, Asyncpg.open)
+ASYNCPG_UVLOOP = Peer("asyncpg, uvloop", UVLOOP, Asyncpg.open)
+ASYNCPG_BARE = Peer("asyncpg no reset, asyncio", ASYNCIO, partial(Asyncpg.open, reset=no_reset))
+ASYNCPG_BARE_UVLOOP = Peer("asyncpg no reset, uvloop", UVLOOP, partial(Asyncpg.open, reset=no_reset))
+TRIOPG = Peer("triopg", TRIO_ASYNCIO, Triopg.open, apart=True)
+THREADS = Peer("psycopg in Trio threads", TRIO, Threads.open)
+CHECKPOINT = Peer("a bare checkpoint", TRIO, WithoutPool.open)
+NO_POOL = Peer("TrioConnection, no pool", TRIO, WithoutPool.open)
+
+POOLS = (
+    WHITEPOOL,
+    PSYCOPG,
+    PSYCOPG_UVLOOP,
+    ASYNCPG,
+    ASYNCPG_UVLOOP,
+    ASYNCPG_BARE,
+    ASYNCPG_BARE_UVLOOP,
+    TRIOPG,
+    THREADS,
+)
+PEERS = {peer.name: peer for peer in (*POOLS, CHECKPOINT, NO_POOL)}

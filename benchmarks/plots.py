@@ -1,0 +1,143 @@
+"""The figures as plots, to be read on white and on black: no background, colours of middling light."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .peers import (
+    ASYNCPG,
+    ASYNCPG_BARE,
+    ASYNCPG_BARE_UVLOOP,
+    ASYNCPG_UVLOOP,
+    NO_POOL,
+    PSYCOPG,
+    PSYCOPG_UVLOOP,
+    THREADS,
+    TRIOPG,
+    WHITEPOOL,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of one peer, and how whitepool's compares."""
+
+    figure: str
+    unit: str
+    peer: str
+    value: float
+    ratio: float | None
+    """whitepool's divided by it."""
+    target: str
+    met: bool | None
+    plot: str
+    """The plot in which it appears, at `x`; none where that is empty."""
+    x: float
+
+
+GREY, ORANGE, BLUE, GREEN, TEAL = "#808080", "#e8590c", "#4c8dd6", "#3a9e5f", "#25a5a5"
+STYLES = {
+    WHITEPOOL.name: (ORANGE, "-"),
+    PSYCOPG.name: (BLUE, "-"),
+    PSYCOPG_UVLOOP.name: (BLUE, "--"),
+    ASYNCPG.name: (GREEN, "-"),
+    ASYNCPG_UVLOOP.name: (GREEN, "--"),
+    ASYNCPG_BARE.name: (TEAL, "-"),
+    ASYNCPG_BARE_UVLOOP.name: (TEAL, "--"),
+    TRIOPG.name: ("#a06cd5", "-"),
+    THREADS.name: ("#b0893f", "-"),
+    NO_POOL.name: (GREY, ":"),
+}
+"""One colour for each library; what runs on uvloop is dashed."""
+
+LOOK: Any = {  # matplotlib types the keys one by one
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "whitepool",  # the same figures make the same file
+    "font.family": "sans-serif",
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "axes.titlesize": "medium",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": GREY,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+
+
+def write(folder: Path, rows: list[Row]) -> None:
+    """Draw what was measured."""
+    with matplotlib.rc_context(LOOK):
+        axes = _canvas("checkouts a second, on 4 workers", "tasks", "checkouts / s")
+        _lines(axes, (row for row in rows if row.plot == "checkout"))
+        axes.set_yscale("log")
+        _save(axes, folder / "checkout.svg")
+
+        axes = _canvas("SELECT 1 through the pool, 16 connections", "queries / s", "")
+        _bars(axes, (row for row in rows if row.plot == "query"))
+        _save(axes, folder / "query.svg")
+
+        axes = _canvas("time a waiter, by the length of the line", "tasks in line", "µs / waiter")
+        _lines(axes, (row for row in rows if row.plot == "line"))
+        axes.set_ylim(bottom=0)
+        _save(axes, folder / "line.svg")
+
+        axes = _canvas("answers in time, under overload", "load offered ÷ capacity", "% of capacity")
+        _lines(axes, (row for row in rows if row.plot == "overload"))
+        axes.set_ylim(0, 105)
+        _save(axes, folder / "overload.svg")
+
+
+def _canvas(title: str, x: str, y: str) -> Axes:
+    axes = Figure(figsize=(8, 3.8), layout="constrained").add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _lines(axes: Axes, rows: Iterable[Row]) -> None:
+    """Draw a line for each peer; on the x axis, each step is a factor."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault(row.peer, []).append((row.x, row.value))
+    for peer, line in points.items():
+        colour, dashes = STYLES[peer]
+        (drawn,) = axes.plot(*zip(*line, strict=True), dashes, color=colour, marker="o", label=peer)
+        if peer == WHITEPOOL.name:
+            drawn.set(linewidth=3, zorder=3)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({x for line in points.values() for x, _ in line}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _bars(axes: Axes, rows: Iterable[Row]) -> None:
+    """Draw a bar for each peer, the first on top."""
+    for row in rows:
+        bars = axes.barh(row.peer, row.value, color=STYLES[row.peer][0], height=0.6)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(False, axis="y")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+
+
+def _save(axes: Axes, path: Path) -> None:
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
