@@ -44,7 +44,7 @@ class WorkerManager(Generic[T]):
                 await result
 
     def is_alive(self, worker: T) -> bool:
-        """Say whether a returned worker may be used again. Default: yes."""
+        """Say whether a worker that was returned, or has lain idle, may be used. Default: yes."""
         return True
 
     def needs_reset(self, worker: T) -> bool:

@@ -43,12 +43,12 @@ class Pool(Generic[T]):
       lazy (bool): start workers at the first need instead of at opening. Default `False`.
       overflow_ttl (float): how long an idle overflow worker lingers before it is dismissed.
           Default 10; 0 dismisses it when it is returned, as poolboy does.
-      idle_timeout (float): an idle worker that was not used for this long is retired, and replaced
-          unless the pool is lazy. Default `math.inf`.
+      idle_timeout (float): an idle worker that was not used for this long, less up to a tenth by
+          chance, is retired, and replaced unless the pool is lazy. Default `math.inf`.
       max_lifetime (float): a worker this old, less up to a tenth by chance, is retired once it is
           idle. Its replacement is opened first, where there is room. Default `math.inf`.
-      check_interval (float): an idle worker is probed with `WorkerManager.check` this often.
-          Default 30; `math.inf`: never.
+      check_interval (float): an idle worker is probed with `WorkerManager.check` this often, or up to
+          a tenth more often. Default 30; `math.inf`: never.
       start_timeout (float): how long opening the pool may take, retries included, before
           `PoolStartError`; and later, how long one attempt to start a worker may take. Default 30.
       reset_timeout (float): how long one reset, or one probe, may take before the worker is

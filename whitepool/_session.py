@@ -84,7 +84,8 @@ class Session(Generic[T]):
 
         The line is first come, first served, and nobody overtakes it. Raises `CheckoutTimeout` after
         `timeout` seconds (`math.inf`: never; 0: unless a worker is idle), `PoolOverloaded` where
-        `max_waiting` tasks are in line already, and `PoolClosed`.
+        `max_waiting` tasks are in line already, or earlier than that where the line stands (see
+        `patience` of `Pool`), and `PoolClosed`.
         """
         check_seconds("timeout", timeout)
         if self._before_acquire is not None:

@@ -29,8 +29,9 @@ TRIAL = 1.0
 LOOK_AGAIN_AFTER = 0.001
 """Seconds. The event loop is that late, at least, in noticing that a peer has hung up."""
 
-SHORTEST_REST = 0.01
-"""Seconds for which the housekeeping sleeps at least."""
+REST = 0.05
+"""Share of the shortest period for which the housekeeping sleeps at least. What comes due meanwhile
+is done together: each look at all workers costs something, however few of them are due."""
 
 
 class Supervisor(Generic[T]):
@@ -431,7 +432,7 @@ class Supervisor(Generic[T]):
         while True:
             now = self.now()
             due = self._tidy(now)
-            await trio.sleep_until(max(now + SHORTEST_REST, min(due, now + shortest)))
+            await trio.sleep_until(max(now + REST * shortest, min(due, now + shortest)))
 
     def _tidy(self, now: float) -> float:
         """Do what is due, and say when something will be due again."""
