@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tracemalloc
 import warnings
 from contextlib import AbstractAsyncContextManager
@@ -25,6 +26,8 @@ from ._supervisor import LOOK_AGAIN_AFTER, Supervisor
 from ._worker import Place, Worker
 
 T = TypeVar("T")
+
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
 class Resource(Generic[T]):
@@ -244,7 +247,7 @@ class Session(Generic[T]):
 def _origin(resource: Resource[Any]) -> str:
     """Say where a resource was checked out; tracemalloc knows, while it is tracing."""
     for frame in reversed(tracemalloc.get_object_traceback(resource) or ()):
-        if frame.filename != __file__:
+        if not frame.filename.startswith(_PACKAGE):
             return f"{frame.filename}:{frame.lineno}"
     return "unknown: trace it with python -X tracemalloc=10"
 

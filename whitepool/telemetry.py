@@ -1,0 +1,195 @@
+"""Metrics of a pool, by OpenTelemetry's conventions for connection pools. Needs the extra ``otel``::
+
+    async with whitepool.postgres.open_pool("dbname=shop") as session:
+        session = whitepool.telemetry.instrument(session)
+
+Whoever uses the session that comes back is measured. A pool that is not instrumented pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
+
+from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+from trio.lowlevel import enable_ki_protection
+
+from . import __version__
+from ._session import Resource, Session
+from ._supervisor import Supervisor
+from ._worker import Worker
+
+__all__ = ["instrument"]
+
+T = TypeVar("T")
+
+PREFIX = "db.client.connection."
+POOL_NAME, STATE = PREFIX + "pool.name", PREFIX + "state"
+
+# Names and units are the conventions', and nearly the descriptions.
+TIMES = {
+    "create_time": "The time it took to create a new connection.",
+    "wait_time": "The time it took to obtain an open connection from the pool.",
+    "use_time": "The time between borrowing a connection and returning it to the pool.",
+}
+NUMBERS = {
+    "count": ("{connection}", "The number of connections that are currently in the state."),
+    "idle.max": ("{connection}", "The maximum number of idle open connections allowed."),
+    "idle.min": ("{connection}", "The minimum number of idle open connections allowed."),
+    "max": ("{connection}", "The maximum number of open connections allowed."),
+    "pending_requests": ("{request}", "The number of current pending requests for a connection."),
+    "timeouts": ("{timeout}", "The number of timeouts trying to obtain a connection from the pool."),
+}
+
+BOUNDARIES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
+"""Seconds: the steps of the histograms. The conventions have none for pools; these are those that they
+have for ``db.client.operation.duration``."""
+
+
+def instrument(session: Session[T], *, meter_provider: MeterProvider | None = None) -> Session[T]:
+    """Return a session of the same pool that measures its checkouts; use it in place of the other.
+
+    What the pool itself knows (how many workers there are and who waits for one, how long starts
+    take) is reported from now on until it is closed, whichever session is used. Without a
+    `meter_provider` the global one gets it all; that may be set later.
+    """
+    panel = _panel(meter_provider)
+    panel.watch(session._supervisor)
+    return _MeasuringSession(session._supervisor, panel)
+
+
+class _TimedResource(Resource[T]):
+    __slots__ = ("since",)
+
+    since: float
+    """When its client got it; not set before."""
+
+
+class _MeasuringSession(Session[T]):
+    def __init__(self, supervisor: Supervisor[T], panel: _Panel) -> None:
+        super().__init__(supervisor)
+        self._wait_time = panel.wait_time
+        self._use_time = panel.use_time
+        self._attributes = {POOL_NAME: supervisor.name}
+
+    @enable_ki_protection
+    async def block_checkout(self, timeout: float = 5.0) -> Resource[T]:
+        asked = self._now()
+        return self._received(await super().block_checkout(timeout), asked)
+
+    @enable_ki_protection
+    async def nonblock_checkout(self) -> Resource[T]:
+        asked = self._now()
+        return self._received(await super().nonblock_checkout(), asked)
+
+    @enable_ki_protection
+    def checkout_nowait(self) -> Resource[T]:
+        asked = self._now()
+        return self._received(super().checkout_nowait(), asked)
+
+    @enable_ki_protection
+    def checkin(self, resource: Resource[T]) -> None:
+        super().checkin(resource)
+        self._returned(resource)
+
+    @enable_ki_protection
+    def destroyed(self, resource: Resource[T]) -> None:
+        super().destroyed(resource)
+        self._returned(resource)
+
+    def _receipt(self, worker: Worker[T]) -> Resource[T]:
+        self._counts["checkouts"] += 1
+        return _TimedResource(self, worker)
+
+    def _received(self, resource: Resource[T], asked: float) -> Resource[T]:
+        assert isinstance(resource, _TimedResource)
+        resource.since = now = self._now()
+        self._wait_time.record(now - asked, self._attributes)
+        return resource
+
+    def _returned(self, resource: Resource[T]) -> None:
+        # It may be of the session that doesn't measure, or its client never got it, for a hook.
+        since = getattr(resource, "since", None)
+        if since is not None:
+            self._use_time.record(self._now() - since, self._attributes)
+
+
+class _Panel:
+    """The instruments of one meter provider. All its pools share them: a name is taken only once."""
+
+    def __init__(self, meter: Meter) -> None:
+        # Callbacks can't be taken back, so they keep no pool alive. A tuple that is replaced, not
+        # changed: an exporter's thread may be reading it.
+        self._pools: tuple[ref[Supervisor[Any]], ...] = ()
+        self.create_time, self.wait_time, self.use_time = (
+            meter.create_histogram(
+                PREFIX + name, "s", description, explicit_bucket_boundaries_advisory=BOUNDARIES
+            )
+            for name, description in TIMES.items()
+        )
+        for name, (unit, description) in NUMBERS.items():
+            arguments = (PREFIX + name, [partial(self._observe, name)], unit, description)
+            if name == "timeouts":  # the only one that never goes down
+                meter.create_observable_counter(*arguments)
+            else:
+                meter.create_observable_up_down_counter(*arguments)
+
+    def watch(self, supervisor: Supervisor[Any]) -> None:
+        """Report what a pool knows, once, however often it is instrumented."""
+        pools = [pool for pool in self._pools if pool() is not None]
+        if all(pool() is not supervisor for pool in pools):
+            self._pools = (*pools, ref(supervisor))
+            attributes = {POOL_NAME: supervisor.name}
+            supervisor.tell_of_starts(partial(self.create_time.record, attributes=attributes))
+
+    def _observe(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
+        for pool in self._pools:
+            supervisor = pool()
+            if supervisor is not None and not supervisor.closed.is_set():
+                for state, number in _numbers(supervisor).get(name, {}).items():
+                    attributes = {POOL_NAME: supervisor.name}
+                    yield Observation(number, {**attributes, STATE: state} if state else attributes)
+
+
+def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, int]]:
+    """Return what the instruments show of a pool, by name and state."""
+    options = supervisor.options
+    limit = options.pool_size + options.max_overflow
+    for _ in range(3):
+        with suppress(RuntimeError):  # in an exporter's thread: the line has moved meanwhile
+            now = supervisor.statistics()
+            return {
+                # And in such a moment the idle ones may be more than all that are there.
+                "count": {"idle": now.idle, "used": max(0, now.in_use + now.resetting)},
+                "idle.max": {"": limit if options.overflow_ttl else options.pool_size},
+                "idle.min": {"": 0 if options.lazy else options.pool_size},
+                "max": {"": limit},
+                "pending_requests": {"": now.waiting},
+                "timeouts": {"": now.timeouts + now.overloads},
+            }
+    return {}
+
+
+_panels: WeakKeyDictionary[MeterProvider, _Panel] = WeakKeyDictionary()
+_global_panel: _Panel | None = None
+
+
+def _panel(provider: MeterProvider | None) -> _Panel:
+    """Find the panel of a meter provider, or make it."""
+    global _global_panel
+    the_global_one = metrics.get_meter_provider()
+    provider = provider or the_global_one
+    panel = _panels.get(provider)
+    if panel is None and provider is the_global_one:
+        # Until it was set another stood in for it, and has handed its instruments over.
+        panel = _global_panel
+    if panel is None:
+        panel = _Panel(provider.get_meter("whitepool", __version__))
+    _panels[provider] = panel
+    if provider is the_global_one:
+        _global_panel = panel
+    return panel
