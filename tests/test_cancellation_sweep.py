@@ -24,7 +24,10 @@ Session = whitepool.Session[Tool]
 Resources = list[whitepool.Resource[Tool]]
 Moment = Literal["asleep", "waking", "meanwhile"]
 
-pytestmark = pytest.mark.parametrize("moment", ["asleep", "waking", "meanwhile"])
+pytestmark = [
+    pytest.mark.parametrize("moment", ["asleep", "waking", "meanwhile"]),
+    pytest.mark.usefixtures("every_checkout_gives_way"),
+]
 
 
 class Hangs(BaseException):

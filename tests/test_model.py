@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
+import pytest
 import trio
 import trio.testing
 from hypothesis import HealthCheck, settings
@@ -587,7 +588,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert not now.waiting
 
 
-TestPool = PoolMachine.TestCase
+TestPool = pytest.mark.usefixtures("every_checkout_gives_way")(PoolMachine.TestCase)
 TestPool.settings = settings(
     max_examples=120,
     stateful_step_count=40,

@@ -330,16 +330,42 @@ async def test_a_checkout_in_a_cancelled_scope_takes_nothing() -> None:
         assert session.statistics().checkouts == 0
 
 
-async def test_every_checkout_is_a_checkpoint() -> None:
-    """Also one that finds an idle worker, or fails at once."""
+async def test_every_checkout_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that fails; but those that find an idle worker let others run only now and then."""
+    time = 0.0
+    monkeypatch.setattr("whitepool._session.perf_counter", lambda: time)
+
     async with pool(pool_size=1) as session:
         with trio.testing.assert_checkpoints():
             resource = await session.block_checkout()
         with trio.testing.assert_checkpoints(), pytest.raises(whitepool.PoolFull):
             await session.nonblock_checkout()
         session.checkin(resource)
-        with trio.testing.assert_checkpoints():
-            session.checkin(await session.nonblock_checkout())
+        for checkout in (session.nonblock_checkout, session.block_checkout):
+            with pytest.raises(AssertionError), trio.testing.assert_checkpoints():
+                session.checkin(await checkout())
+            time += 0.0011
+            with trio.testing.assert_checkpoints():
+                session.checkin(await checkout())
+
+
+async def test_nobody_keeps_the_loop_to_himself() -> None:
+    """Tasks that always find an idle worker, and do nothing with it, let others run all the same."""
+    async with pool(pool_size=2) as session, trio.open_nursery() as nursery:
+        turns = 0
+
+        async def greedy() -> None:
+            for _ in range(1_000_000):
+                async with session.worker():
+                    if turns == 10:
+                        return
+            pytest.fail("nobody else could run")
+
+        nursery.start_soon(greedy)
+        nursery.start_soon(greedy)
+        while turns < 10:
+            await trio.lowlevel.checkpoint()
+            turns += 1
 
 
 async def test_a_returned_resource_cannot_be_returned_again() -> None:

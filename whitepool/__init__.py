@@ -33,7 +33,7 @@ __all__ = [
     "open_pool",
 ]
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 # Public things say where they are imported from, not in which room they live.
 for _name in set(__all__) - {"Reason"}:
