@@ -132,6 +132,36 @@ async def test_a_stall_sheds_nobody_early(autojump_clock: Clock) -> None:
         assert ends == {"served": 1000}
 
 
+@pytest.mark.parametrize("phase", range(0, 200, 20))
+async def test_a_line_that_drains_after_a_stall_is_left_alone(
+    phase: int, autojump_clock: Clock
+) -> None:
+    """Whenever the stall of two seconds ends, only those are sent away whose time was up in it."""
+    begins, ends = 5, 7 + phase / 1000
+    outcomes: Counter[str] = Counter()
+
+    async def request(session: whitepool.Session[Tool]) -> None:
+        try:
+            async with session.worker(timeout=1):
+                now = trio.current_time()
+                if begins <= now < ends:
+                    await trio.sleep(ends - now)
+                await trio.sleep(SERVICE)
+            outcomes["served"] += 1
+        except whitepool.CheckoutTimeout as error:
+            outcomes[type(error).__name__] += 1
+
+    async with (
+        whitepool.open_pool(Workshop().make, pool_size=WORKERS, max_overflow=0) as session,
+        trio.open_nursery() as nursery,
+    ):
+        for number in range(int(10 * CAPACITY / 2)):
+            await trio.sleep_until(number / (CAPACITY / 2))
+            nursery.start_soon(request, session)
+    assert outcomes["PoolOverloaded"] == 0
+    assert 0 < outcomes["CheckoutTimeout"] < 1.2 * CAPACITY / 2
+
+
 async def test_a_task_without_a_timeout_is_never_shed(autojump_clock: Clock) -> None:
     """However long the line stands."""
     served = 0
@@ -178,10 +208,12 @@ def test_what_stands() -> None:
     line.look(0.64, 0.4, 1, joined=35, served=20)
     assert not line.stands  # nobody was served
     line.look(0.85, 0.6, 1, joined=45, served=21)
+    assert not line.stands  # nor was anybody for some of this period, maybe
+    line.look(1.06, 0.8, 1, joined=55, served=31)
     assert line.stands
-    line.look(0.9, 0.85, 1, joined=45, served=21)
+    line.look(1.1, 1.05, 1, joined=55, served=31)
     assert not line.stands  # somebody will be served quickly
-    line.look(1.2, 0.85, 1, joined=55, served=31)
+    line.look(1.4, 1.05, 1, joined=65, served=41)
     assert line.stands
     line.is_gone()
     assert not line.stands

@@ -82,6 +82,10 @@ class WorkerManager
     def needs_reset(worker)
     async def reset(worker)
 def open_pool(factory, **options)
+# whitepool.live
+class PoolView
+    def __init__(*sessions, events=5)
+async def watch(*sessions, above=None, console=None, period=0.1)
 # whitepool.postgres
 class PostgresManager(WorkerManager)
     def __init__(conninfo='', *, configure=None, reset='rollback', **connect_keywords)

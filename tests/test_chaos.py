@@ -1,0 +1,41 @@
+"""The pool survives what the example does to it, and the example tells of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib.font_manager  # makes its cache now, or the example would tell of it  # noqa: F401
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "chaos.py"
+FAULTS = ["3 busy killed", "3 idle killed", "server restarted", "network stalled for 0.5 s"]
+
+
+def test_chaos(tmp_path: Path) -> None:
+    """Nothing is lost, everybody gets an answer, and the picture has a mark for each fault."""
+    picture = tmp_path / "chaos.svg"
+    result = subprocess.run(
+        [sys.executable, "-X", "dev", str(EXAMPLE), str(picture), "--seconds", "6"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "100"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    lines = [line.strip("│").split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    rows = {what.strip(): number.strip() for what, number in lines}
+    answers = [int(number) for what, number in rows.items() if what.startswith("requests ")]
+    assert sum(answers) >= 6 * 150 - 1
+    assert int(rows["requests served"]) > 0
+    assert int(rows["workers that died (lost)"]) >= 6
+    assert rows["workers unaccounted for"] == "0"
+    assert rows["workers missing from the pool at the end"] == "0"
+    assert rows["connections left on the server"] == "0"
+    assert [what.partition(":")[0] for what in rows if ":" in what] == FAULTS
+    texts = [text.text for text in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert set(FAULTS) <= set(texts)
