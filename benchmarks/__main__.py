@@ -12,7 +12,7 @@ from . import ROOT, report
 from .cases import CASES
 from .rounds import measure_all
 
-ROUNDS = 5
+ROUNDS = 4
 GROUPS = list(dict.fromkeys(case.group for case in CASES.values()))
 
 
