@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 # PgBouncer is not on PyPI: install it first, with the system's package manager.
 test-pgbouncer: $(VENV)/installed

@@ -590,7 +590,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPool = pytest.mark.usefixtures("every_checkout_gives_way")(PoolMachine.TestCase)
 TestPool.settings = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=40,
     deadline=None,
     derandomize=False,

@@ -47,14 +47,14 @@ METHODS = {
 }
 """Methods of a connection, with their parameters: called, or overridden, by whitepool."""
 
-PREPARED = {"clear", "_to_flush"}
+PREPARED = ["clear", "_to_flush"]
 """What is used of `connection._prepared`."""
 
-ERRORS = {"_WaitTimeout", "finish_pgconn"}
+ERRORS = ["_WaitTimeout", "finish_pgconn"]
 NEW_ERRORS = {"_WaitTimeout": (3, 2, 4)}
 """Raised only where psycopg's `wait` has a timeout, which came together with it."""
 
-GENERATORS = {"execute"}
+GENERATORS = ["execute"]
 
 
 @pytest.fixture
