@@ -112,7 +112,7 @@ async def main(dsn: str) -> None:
     ) as session:
         for parts in (await checkout_parts(session), await query_parts(session, dsn)):
             for name, microseconds in parts.items():
-                table.add_row(name, f"{microseconds:.2f}" if microseconds < 10 else f"{microseconds:.0f}")
+                table.add_row(name, f"{microseconds:.{2 if microseconds < 10 else 0}f}")
             table.add_section()
     Console().print(table)
 
