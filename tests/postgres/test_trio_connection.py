@@ -866,6 +866,29 @@ async def test_a_pipeline_left_normally_in_a_cancelled_scope(connection: Connect
         await check_usable_after_rollback(connection)
 
 
+async def test_a_cancellation_that_overtakes_its_query_is_repeated(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server ignores a request to cancel what it has not begun, so one request is not enough."""
+    requests = 0
+    ask = connection._try_cancel
+
+    async def ignored_at_first() -> None:
+        nonlocal requests
+        requests += 1
+        if requests > 2:
+            await ask()
+
+    monkeypatch.setattr(connection, "_try_cancel", ignored_at_first)
+    with trio.fail_after(4), trio.CancelScope() as scope:
+        async with connection.pipeline():
+            await connection.execute(SLOW)
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert requests == 3
+    await check_usable_after_rollback(connection)
+
+
 async def _many_short_statements(connection: Connection) -> None:
     await connection.cursor().executemany("SELECT pg_sleep(%s)", [(0.001,)] * 20)
 

@@ -163,10 +163,33 @@ class TrioPipeline(AsyncPipeline):
                 raise
         with _tidying(self._conn) as scope:
             if scope.shield and self.pgconn.transaction_status == _ACTIVE:
-                await self._conn._try_cancel()
-            await super().__aexit__(exc_type, exc_val, exc_tb)
+                await self._cancel_and_leave(exc_type, exc_val, exc_tb)
+            else:
+                await super().__aexit__(exc_type, exc_val, exc_tb)
         if scope.cancelled_caught:
             await self._conn.close()
+
+
+    async def _cancel_and_leave(self, *exception: Any) -> None:
+        """Cancel on the server what it is at, until there is an end of it."""
+        error: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_cancelling)
+            try:
+                await super().__aexit__(*exception)
+            except Exception as raised:
+                error = raised  # it must not come out in the nursery's group
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+
+    async def _keep_cancelling(self) -> None:
+        """Ask the server again and again: a request that overtakes its query is ignored."""
+        pause = 0.1
+        while True:
+            await self._conn._try_cancel()
+            await trio.sleep(pause)
+            pause *= 2
 
 
 class TrioServerCursor(psycopg.AsyncServerCursor[Row]):
