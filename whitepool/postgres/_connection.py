@@ -169,7 +169,6 @@ class TrioPipeline(AsyncPipeline):
         if scope.cancelled_caught:
             await self._conn.close()
 
-
     async def _cancel_and_leave(self, *exception: Any) -> None:
         """Cancel on the server what it is at, until there is an end of it."""
         error: Exception | None = None
