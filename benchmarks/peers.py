@@ -282,7 +282,7 @@ class Threads(Pool):
         def checkout() -> None:
             connection = self.pool.getconn()
             if turn:
-                time.sleep(0)
+                time.sleep(0)  # a thread's way to give way
             self.pool.putconn(connection)
 
         await trio.to_thread.run_sync(checkout, limiter=self.limiter)

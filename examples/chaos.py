@@ -86,6 +86,7 @@ class Record:
 
     def __init__(self) -> None:
         self._begun = trio.current_time()
+        self.arrived = 0
         self.requests: list[Request] = []
         self.stands: list[tuple[float, whitepool.PoolStatistics]] = []
         self.faults: list[tuple[str, float, float]] = []  # what, from when, and until when
@@ -125,10 +126,9 @@ async def request(session: Session, record: Record) -> None:
 async def load(session: Session, record: Record, over: trio.Event) -> None:
     """Send requests until it is over, and wait for the last of them."""
     async with trio.open_nursery() as requests:
-        number = 0
         while not over.is_set():
-            number += 1
-            await record.sleep_until(number / PER_SECOND)
+            record.arrived += 1
+            await record.sleep_until(record.arrived / PER_SECOND)
             requests.start_soon(request, session, record)
 
 
@@ -268,6 +268,7 @@ async def run(server: EmbeddedPostgres, seconds: float, console: Console) -> tup
     outcomes = Counter(request.outcome for request in record.requests)
     table = Table("what", title="whitepool chaos")
     table.add_column("how many", justify="right")
+    table.add_row("requests that arrived", str(record.arrived))
     for outcome in OUTCOMES:
         table.add_row(f"requests {outcome}", str(outcomes[outcome]))
     table.add_row("workers started", str(end.started))

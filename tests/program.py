@@ -108,7 +108,7 @@ async def everything_was_closed(onlooker: Connection) -> None:
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
 
     async def is_alone() -> bool:
-        return await ask(onlooker, others) == 1  # type: ignore[no-any-return]
+        return bool(await ask(onlooker, others) == 1)
 
     await until(is_alone)
     abandoned = "SELECT sessions_abandoned FROM pg_stat_database WHERE datname = current_database()"

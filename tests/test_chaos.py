@@ -30,8 +30,8 @@ def test_chaos(tmp_path: Path) -> None:
     lines = [line.strip("│").split("│") for line in result.stdout.splitlines() if line.startswith("│")]
     rows = {what.strip(): number.strip() for what, number in lines}
     answers = [int(number) for what, number in rows.items() if what.startswith("requests ")]
-    # How many of those arrive who are due in the last tenth of a second is up to the machine.
-    assert sum(answers) >= 5.9 * 150
+    arrived, *answers = answers
+    assert sum(answers) == arrived > 0
     assert int(rows["requests served"]) > 0
     assert int(rows["workers that died (lost)"]) >= 6
     assert rows["workers unaccounted for"] == "0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import tracemalloc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing
 from itertools import count
@@ -24,6 +25,7 @@ Operation = Callable[[Connection], Awaitable[object]]
 
 SLEEP = "SELECT pg_sleep(30)"
 INSERT = "INSERT INTO log VALUES (1)"
+MANY_SMALL_ROWS = "SELECT generate_series(1, 50000)"
 ENDLESS = "SELECT repeat('x', 1000) FROM generate_series(1, 100000000)"
 
 
@@ -281,6 +283,23 @@ async def test_cancelled_while_it_lasts(dsn: str, onlooker: Onlooker, lasting: O
     assert onlooker.ask("SELECT count(*) FROM log") == 0
     await connection.close()
     gc.collect()  # what was left open warns
+
+
+async def test_what_nobody_wants_is_not_kept(dsn: str) -> None:
+    """Rows that had been sent when a stream was cancelled take no memory, however many they are."""
+    async with await connect(dsn) as connection:
+        with trio.CancelScope() as scope:
+            async with closing(connection.cursor().stream(MANY_SMALL_ROWS)) as stream:
+                async for _row in stream:
+                    await trio.sleep(0.1)  # for the server to fill all buffers
+                    tracemalloc.start()
+                    scope.cancel()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert scope.cancelled_caught
+        assert peak < 300_000
+        await connection.rollback()
+        await check_usable(connection)
 
 
 async def test_executemany_of_much_more_than_fits(dsn: str, onlooker: Onlooker) -> None:
