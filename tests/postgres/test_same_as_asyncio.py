@@ -79,7 +79,7 @@ def describe(error: BaseException) -> tuple[object, ...]:
     message = re.sub(r"0x[0-9a-f]+", "0x…", str(error))
     message = re.sub(r"(process|PID|pid) \d+", r"\1 …", message)
     # The class that appears in the repr of a transaction, say, is not the same.
-    message = message.replace("whitepool.postgres._connection.TrioTransaction", "AsyncTransaction")
+    message = message.replace("whitepool.postgres._blocks.TrioTransaction", "AsyncTransaction")
     message = message.replace("psycopg.AsyncTransaction", "AsyncTransaction")
     if not LISTS_FAILURES:
         message = message.partition("\nMultiple connection attempts failed")[0]

@@ -6,7 +6,6 @@ lock, the wait for a query, cancelling and closing. The rest is psycopg's own.
 
 from __future__ import annotations
 
-import ipaddress
 import math
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import psycopg
 import trio
 from psycopg import AsyncPipeline, capabilities, errors, generators, pq
-from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen
+from psycopg.abc import RV, AdaptContext, ConnParam, PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import (
     conninfo_attempts,
@@ -32,6 +31,8 @@ from trio.lowlevel import enable_ki_protection
 
 from .._done import DONE, Done
 from .._manager import WorkerManager
+from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
+from ._connecting import all_failed, connect_once, has_names_to_resolve
 from ._waiting import drive, poll, ready_now
 
 if TYPE_CHECKING:
@@ -90,121 +91,6 @@ def _skip_results(pgconn: pq.abc.PGconn) -> PQGen[None]:
                         pgconn.consume_input()
 
 
-@contextmanager
-def _tidying(connection: psycopg.AsyncConnection[Any]) -> Iterator[trio.CancelScope]:
-    """Leave a block in order: where the task is being cancelled, shielded and bounded."""
-    if trio.current_effective_deadline() > -math.inf:
-        yield trio.CancelScope()
-        return
-    assert isinstance(connection, TrioConnection)
-    deadline = trio.current_time() + CLEANUP_TIMEOUT
-    with trio.CancelScope(shield=True, deadline=deadline) as scope, connection._expendable():
-        yield scope
-
-
-class TrioTransaction(AsyncTransaction):
-    """A transaction that is rolled back also when its task is being cancelled."""
-
-    async def __aenter__(self) -> Self:
-        try:
-            return await super().__aenter__()
-        except trio.Cancelled as cancelled:
-            if self._is_on_stack():  # psycopg 3.2 stays half-way inside
-                await self._roll_back(cancelled)
-            raise
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> bool:
-        try:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            return await super().__aexit__(exc_type, exc_val, exc_tb)
-        except trio.Cancelled as cancelled:
-            if self._is_on_stack():  # it has not come to committing, or rolling back
-                await self._roll_back(cancelled)
-            raise
-
-    def _is_on_stack(self) -> bool:
-        return 0 <= self._stack_index < self._conn._num_transactions
-
-    async def _roll_back(self, cancelled: trio.Cancelled) -> None:
-        with _tidying(self._conn):
-            await super().__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
-        if self._is_on_stack():
-            await self._conn.close()  # there was no answer within the time
-
-
-class TrioPipeline(AsyncPipeline):
-    """A pipeline that is left in order also when its task is being cancelled."""
-
-    async def __aenter__(self) -> Self:
-        level = self.level
-        try:
-            return await super().__aenter__()
-        except BaseException as error:
-            if self.level > level:  # it was cancelled too late not to be inside
-                await self.__aexit__(type(error), error, error.__traceback__)
-            raise
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> None:
-        if exc_val is None:
-            try:
-                await trio.lowlevel.checkpoint_if_cancelled()
-            except trio.Cancelled as cancelled:
-                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
-                raise
-        with _tidying(self._conn) as scope:
-            if scope.shield and self.pgconn.transaction_status == _ACTIVE:
-                await self._cancel_and_leave(exc_type, exc_val, exc_tb)
-            else:
-                await super().__aexit__(exc_type, exc_val, exc_tb)
-        if scope.cancelled_caught:
-            await self._conn.close()
-
-    async def _cancel_and_leave(self, *exception: Any) -> None:
-        """Cancel on the server what it is at, until there is an end of it."""
-        error: Exception | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_cancelling)
-            try:
-                await super().__aexit__(*exception)
-            except Exception as raised:
-                error = raised  # it must not come out in the nursery's group
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise error
-
-    async def _keep_cancelling(self) -> None:
-        """Ask the server again and again: a request that overtakes its query is ignored."""
-        pause = 0.1
-        while True:
-            await self._conn._try_cancel()
-            await trio.sleep(pause)
-            pause *= 2
-
-
-class TrioServerCursor(psycopg.AsyncServerCursor[Row]):
-    """A server-side cursor that is closed also when its task is being cancelled."""
-
-    async def close(self) -> None:
-        try:
-            with _tidying(self._conn):
-                await super().close()
-        except trio.Cancelled:
-            await psycopg.AsyncCursor.close(
-                self
-            )  # on the server it is, or will be with the transaction
-            raise
-
-
 class TrioConnection(psycopg.AsyncConnection[Row]):
     """A connection to PostgreSQL: `psycopg.AsyncConnection`, for Trio.
 
@@ -249,7 +135,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         params = conninfo_to_dict(conninfo, **kwargs)
         timeout: float = timeout_from_conninfo(params)
         is_given = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
-        if _has_names_to_resolve(params):
+        if has_names_to_resolve(params):
             attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
         else:
             attempts = conninfo_attempts(params)
@@ -262,7 +148,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                     timeout = min(timeout, max(0, remaining) / (len(attempts) - number))
             try:
                 with trio.move_on_after(timeout):
-                    pgconn = await _connect_once(make_conninfo("", **attempt))
+                    pgconn = await connect_once(make_conninfo("", **attempt))
                     break
                 raise errors.ConnectionTimeout("connection timeout expired")
             except psycopg.Error as error:
@@ -271,7 +157,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 )
                 failures.append((where, error))
         else:
-            raise _all_failed(failures)
+            raise all_failed(failures)
         connection = cls(pgconn)
         connection._autocommit = bool(autocommit)
         if row_factory:
@@ -366,6 +252,16 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 await drive(_skip_results(pgconn), pgconn.socket)
         if scope.cancelled_caught or pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
             self._finish()
+
+    @contextmanager
+    def _tidying(self) -> Iterator[trio.CancelScope]:
+        """Leave a block in order: where the task is being cancelled, shielded and bounded."""
+        if trio.current_effective_deadline() > -math.inf:
+            yield trio.CancelScope()
+            return
+        deadline = trio.current_time() + CLEANUP_TIMEOUT
+        with trio.CancelScope(shield=True, deadline=deadline) as scope, self._expendable():
+            yield scope
 
     @contextmanager
     def _expendable(self) -> Iterator[None]:
@@ -471,7 +367,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 except trio.Cancelled as cancelled:  # too late to commit
                     await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
                     raise
-            with _tidying(self):
+            with self._tidying():
                 await super().__aexit__(exc_type, exc_val, exc_tb)
         finally:
             self._finish(on_purpose=True)
@@ -489,57 +385,3 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
 
 
 connect = TrioConnection.connect
-
-
-async def _connect_once(conninfo: str) -> pq.abc.PGconn:
-    """Make one attempt to connect."""
-    pgconn = pq.PGconn.connect_start(conninfo.encode())
-    try:
-        if pgconn.status == pq.ConnStatus.BAD:
-            raise psycopg.OperationalError(
-                f"connection is bad: {pgconn.get_error_message()}", pgconn=pgconn
-            )
-        if not await poll(pgconn.connect_poll, lambda: pgconn.socket):
-            raise psycopg.OperationalError(
-                f"connection failed: {pgconn.get_error_message()}",
-                pgconn=errors.finish_pgconn(pgconn),
-            )
-    except BaseException:
-        pgconn.finish()
-        raise
-    pgconn.nonblocking = 1
-    return pgconn
-
-
-def _all_failed(failures: list[tuple[str, psycopg.Error]]) -> psycopg.Error:
-    """Make one error of those of all attempts, with the class of the last."""
-    last = failures[-1][1]
-    if len(failures) == 1:
-        return last
-    lines = [
-        str(last),
-        "Multiple connection attempts failed. All failures were:",
-        *(f"- {where}: {error}" for where, error in failures),
-    ]
-    return type(last)("\n".join(lines), pgconn=last.pgconn)
-
-
-def _has_names_to_resolve(params: ConnDict) -> bool:
-    """Say whether psycopg would look up a host, which blocks."""
-    hosts = str(params.get("host") or os.environ.get("PGHOST", "")).split(",")
-    addresses = str(params.get("hostaddr") or os.environ.get("PGHOSTADDR", "")).split(",")
-    if len(addresses) == len(hosts) and all(addresses):
-        return False
-    return any(not (_is_path(host) or _is_address(host)) for host in hosts if host)
-
-
-def _is_path(host: str) -> bool:
-    return host.startswith("/") or host[1:2] == ":"
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
