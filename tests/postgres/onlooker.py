@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -74,6 +76,26 @@ async def cancel_where_it_waits(operation: Callable[[], Awaitable[object]]) -> N
             await operation()
             await trio.lowlevel.checkpoint()  # where the answer was faster than the cancellation
     assert scope.cancelled_caught
+
+
+@contextmanager
+def listening_to_ctrl_c() -> Iterator[None]:
+    """Have Ctrl-C raise KeyboardInterrupt, as it may not in a program started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def press_ctrl_c(after: Callable[[], Awaitable[object]]) -> None:
+    """Press Ctrl-C in the main task of the running program, after something has happened."""
+
+    async def press() -> None:
+        await after()
+        signal.raise_signal(signal.SIGINT)
+
+    trio.lowlevel.spawn_system_task(press)  # nobody else's KeyboardInterrupt
 
 
 def status(connection: TrioConnection[Any]) -> pq.TransactionStatus:

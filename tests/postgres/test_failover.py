@@ -129,6 +129,21 @@ async def test_a_wish_that_nobody_grants(pair: Pair) -> None:
                 pytest.fail("the pool was opened")
 
 
+async def test_a_session_on_a_standby_is_reset(pair: Pair) -> None:
+    """Where every transaction is read-only, a session can be made as good as new."""
+    conninfo = pair.conninfo(pair.standby, want="standby")
+    async with open_pool(conninfo, pool_size=1, max_overflow=0, reset="session") as pool:
+        async with pool.worker() as connection:
+            backend = connection.info.backend_pid
+            await connection.execute("SET statement_timeout = 12345")
+            await connection.commit()
+        async with pool.worker() as connection:
+            assert connection.info.backend_pid == backend
+            cursor = await connection.execute("SHOW statement_timeout")
+            assert await cursor.fetchone() == ("0",)
+        assert pool.statistics().destroyed == 0
+
+
 @pytest.fixture
 def silent_port() -> Iterator[int]:
     """A host that accepts connections, and never says a word: it was frozen, or its network was."""

@@ -523,6 +523,49 @@ async def test_a_two_phase_transaction_costs_the_connection(dsn: str) -> None:
                 assert connection.info.backend_pid != backend
 
 
+@pytest.mark.parametrize("reset", ["rollback", "session"])
+async def test_a_generator_that_somebody_keeps_costs_the_connection(dsn: str, reset: str) -> None:
+    """Nobody is given a connection whose lock another task still holds."""
+    async with a_pool(dsn, reset=reset, reset_timeout=0.2, autocommit=True) as pool:
+        async with pool.worker() as connection:
+            backend = connection.info.backend_pid
+            await connection.execute("LISTEN news")
+            await connection.execute("NOTIFY news")
+            kept = connection.notifies()
+            await kept.__anext__()
+        async with pool.worker() as connection:
+            assert await ask(connection, "SELECT pg_backend_pid()") != backend
+        assert pool.statistics().destroyed == 1
+        await kept.aclose()
+
+
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
+async def test_a_generator_left_to_the_garbage_collector_costs_nothing(dsn: str) -> None:
+    """The end of a connection's last use is waited for, in its host."""
+    async with a_pool(dsn, autocommit=True) as pool:
+        async with pool.worker() as connection:
+            backend = connection.info.backend_pid
+            await connection.execute("LISTEN news")
+            await connection.execute("NOTIFY news")
+            async for _ in connection.notifies():
+                break
+        async with pool.worker() as connection:
+            assert await ask(connection, "SELECT pg_backend_pid()") == backend
+
+
+async def test_a_block_that_was_never_left_costs_the_connection(dsn: str) -> None:
+    """A transaction() block whose transaction was ended behind its back is noticed, too."""
+    async with a_pool(dsn) as pool:
+        async with pool.worker() as connection:
+            backend = connection.info.backend_pid
+            block = connection.transaction()
+            await block.__aenter__()
+            await connection.execute("COMMIT")
+        async with pool.worker() as connection, connection.transaction():
+            assert await ask(connection, "SELECT pg_backend_pid()") != backend
+        await block.__aexit__(None, None, None)
+
+
 # A callable of one's own
 
 
@@ -623,6 +666,12 @@ def test_a_wrong_configure_or_conninfo() -> None:
         PostgresManager(configure="SET x = 1")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="conninfo must be a str, not int"):
         PostgresManager(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("host", ["/run/postgres@17", "@abstract", "127.0.0.1,/run/postgres@17"])
+def test_a_host_with_an_at_sign(host: str) -> None:
+    """A folder of sockets may have one in its name, and an abstract socket begins with one."""
+    PostgresManager(f"host={host} dbname=postgres")
 
 
 UNPARSABLE = [

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from itertools import pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NoReturn, cast
 
 import psycopg
@@ -26,6 +27,8 @@ from onlooker import (
     cancel_where_it_waits,
     check_usable,
     check_usable_after_rollback,
+    listening_to_ctrl_c,
+    press_ctrl_c,
     status,
     until,
 )
@@ -316,6 +319,16 @@ async def test_connecting_has_a_timeout(server: EmbeddedPostgres, silent_port: i
         assert connection.info.port == server.port
 
 
+async def test_a_host_that_refuses_leaves_its_time_to_the_others(
+    server: EmbeddedPostgres, refusing_port: int, silent_port: int
+) -> None:
+    """The last host has all the time that is left, and not its share of what there was."""
+    ports = f"{refusing_port},{silent_port}"
+    hosts = make_conninfo(server.dsn, host="127.0.0.1,127.0.0.1", port=ports)
+    with pytest.raises(trio.TooSlowError), trio.fail_after(0.5):
+        await connect(hosts)
+
+
 async def test_a_timeout_is_an_error_of_its_own(
     silent_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,29 +520,31 @@ async def test_other_tasks_run_during_a_query(connection: Connection, onlooker: 
         nursery.cancel_scope.cancel()
 
 
-async def test_every_operation_is_a_schedule_point(dsn: str) -> None:
-    """Opening, using and closing a connection lets other tasks run each time."""
-    turns = 0
+@pytest.mark.parametrize("what", ["rows", "copied rows", "nothing"])
+async def test_what_never_waits_gives_way_all_the_same(dsn: str, what: str) -> None:
+    """Operations that find everything there already let other tasks run, once a millisecond."""
+    longest, last = 0.0, perf_counter()
 
     async def others() -> None:
-        nonlocal turns
+        nonlocal longest, last
         while True:
-            turns += 1
             await trio.lowlevel.checkpoint()
+            longest, last = max(longest, perf_counter() - last), perf_counter()
 
-    async def gives_way(operation: Callable[[], Awaitable[Any]]) -> None:
-        before = turns
-        # Twice: the scheduler may run the tasks of one round in either order.
-        await operation()
-        await operation()
-        assert turns > before
-
-    async with trio.open_nursery() as nursery, await connect(dsn) as connection:
+    async with trio.open_nursery() as nursery, await connect(dsn, autocommit=True) as connection:
+        cursor = connection.cursor()
+        before = perf_counter()
         nursery.start_soon(others)
-        await gives_way(lambda: connection.execute("SELECT 1"))
-        await gives_way(connection.commit)  # the second time there is nothing to do
-        await gives_way(connection.rollback)
-        await gives_way(connection.close)
+        if what == "rows":
+            async with closing(cursor.stream("SELECT generate_series(1, 100000)")) as rows:
+                await _read_all(rows)
+        elif what == "copied rows":
+            async with cursor.copy("COPY (SELECT generate_series(1, 100000)) TO STDOUT") as copy:
+                await _read_all(copy.rows())
+        else:
+            for _ in range(10000):
+                await connection.commit()
+        assert longest < (perf_counter() - before) / 3
         nursery.cancel_scope.cancel()
 
 
@@ -1296,6 +1311,18 @@ async def test_use_after_close(connection: Connection) -> None:
     connection.cancel()
 
 
+async def test_an_error_of_ones_own_is_the_cause(connection: Connection) -> None:
+    """What psycopg takes for an error of the connection says what it was."""
+
+    def rows() -> Iterator[tuple[str]]:
+        yield from [("a",)]
+        raise FileNotFoundError("of-my-own")
+
+    with pytest.raises(psycopg.OperationalError) as caught:
+        await connection.cursor().executemany("SELECT %s", rows())
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
 async def test_the_server_hangs_up(connection: Connection, onlooker: Onlooker) -> None:
     """A query on a connection that the server has ended raises an OperationalError."""
     mine = backend(connection)
@@ -1494,6 +1521,88 @@ async def test_a_request_to_cancel_that_is_refused(
     with pytest.raises(psycopg.OperationalError):
         await connection.execute("SELECT 1")
     onlooker.ask("SELECT pg_terminate_backend(%s)", mine)
+
+
+async def test_two_blocks_left_by_one_cancellation(connection: Connection) -> None:
+    """Tasks that leave their blocks together leave a connection that is as careful as before."""
+
+    async def read(name: str) -> None:
+        async with connection.cursor(name) as cursor:
+            await cursor.execute("SELECT generate_series(1, 100)")
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, "one")
+        nursery.start_soon(read, "another")
+        await wait_all_tasks_blocked()
+        await until(lambda: connection.info.transaction_status is INTRANS)
+        nursery.cancel_scope.cancel()
+    await connection.rollback()
+    with trio.move_on_after(0.05):
+        await connection.execute(SLOW)
+    await check_usable_after_rollback(connection)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in-its-block", "without-its-block"])
+async def test_a_copy_whose_writing_timed_out(connection: Connection, inside: bool) -> None:
+    """Nothing that is written after a timeout seems to have arrived."""
+    await connection.execute("CREATE TEMP TABLE slow (x int CHECK (pg_sleep(0.01) IS NOT NULL))")
+    copy = connection.cursor().copy("COPY slow FROM STDIN")
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        async with copy as writer:
+            with trio.move_on_after(0.05) as scope:
+                while True:
+                    await writer.write(b"1\n" * 100_000)
+            assert scope.cancelled_caught
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                await writer.write(b"2\n")
+            if not inside:
+                await writer.finish(None)
+    await check_usable_after_rollback(connection)
+
+
+def test_ctrl_c_while_a_query_is_being_cancelled(dsn: str) -> None:
+    """A second Ctrl-C ends the waiting for the server, and the connection is closed."""
+
+    async def main() -> None:
+        connection = await connect(dsn, autocommit=True)
+        mine = backend(connection)
+        onlooker = Onlooker(dsn)
+
+        async def once_it_runs() -> None:
+            await onlooker.until_active(mine)
+            freeze(mine)
+            press_ctrl_c(wait_all_tasks_blocked)
+
+        try:
+            press_ctrl_c(once_it_runs)
+            with pytest.raises(KeyboardInterrupt):
+                await connection.execute(SLOW)
+        finally:
+            thaw(mine)
+            onlooker.close()
+        assert connection.closed
+
+    with listening_to_ctrl_c():
+        trio.run(main)
+
+
+def test_ctrl_c_while_a_pipeline_is_left(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is not hidden by what goes wrong because of it."""
+
+    async def unfinished(*_: object) -> None: ...
+
+    async def main() -> None:
+        async with await connect(dsn) as connection:
+            with pytest.raises(KeyboardInterrupt):
+                async with connection.pipeline():
+                    await connection.execute(SLOW)
+                    monkeypatch.setattr(TrioConnection, "_stop", unfinished)
+                    press_ctrl_c(wait_all_tasks_blocked)
+            assert connection.closed
+
+    with listening_to_ctrl_c():
+        trio.run(main)
 
 
 @pytest.mark.parametrize("block", ["transaction", "pipeline", "connection"])

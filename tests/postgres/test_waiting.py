@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 import trio
+from onlooker import listening_to_ctrl_c, press_ctrl_c
 from psycopg import pq
 from psycopg.waiting import Ready, Wait
 from trio.testing import wait_all_tasks_blocked
@@ -268,3 +269,36 @@ async def test_polling_follows_a_change_of_socket(pair: Pair) -> None:
     steps = iter([pq.PollingStatus.WRITING, pq.PollingStatus.READING, pq.PollingStatus.OK])
     with first, second, trio.fail_after(5):
         assert await poll(lambda: next(steps), lambda: next(sockets))
+
+
+@pytest.mark.parametrize("wanted", [Wait.R, Wait.W, Wait.RW])
+def test_ctrl_c_ends_a_wait(pair: Pair, wanted: Wait) -> None:
+    """Ctrl-C comes out of a wait as KeyboardInterrupt itself."""
+    ours, _ = pair
+    fill(ours)
+    raised = []
+
+    async def main() -> None:
+        press_ctrl_c(wait_all_tasks_blocked)
+        try:
+            with trio.fail_after(5):
+                await drive(waits_for(wanted), ours.fileno())
+        except BaseException as error:
+            raised.append(type(error))
+
+    with listening_to_ctrl_c():
+        trio.run(main)
+    assert raised == [KeyboardInterrupt]
+
+
+@pytest.mark.parametrize("wanted", [Wait.R, Wait.RW])
+async def test_two_that_wait_for_the_same(pair: Pair, wanted: Wait) -> None:
+    """Who waits for what another task is waiting for is told so, and does not spin."""
+    ours, _ = pair
+    fill(ours)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.lowlevel.wait_readable, ours)
+        await wait_all_tasks_blocked()
+        with trio.fail_after(5), pytest.raises(trio.BusyResourceError):
+            await drive(waits_for(wanted), ours.fileno())
+        nursery.cancel_scope.cancel()

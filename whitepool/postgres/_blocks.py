@@ -8,10 +8,13 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import trio
 from psycopg import AsyncCursor, AsyncPipeline, AsyncServerCursor, pq
 from psycopg.rows import Row
 from psycopg.transaction import AsyncTransaction
+
+from ._waiting import ungrouped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -86,22 +89,26 @@ class TrioPipeline(AsyncPipeline):
             if scope.shield and self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                 await self._cancel_and_leave(exc_type, exc_val, exc_tb)
             else:
-                await super().__aexit__(exc_type, exc_val, exc_tb)
+                await self._leave(exc_type, exc_val, exc_tb)
         if scope.cancelled_caught:
             await self._conn.close()
 
+    async def _leave(self, *exception: Any) -> None:
+        try:
+            await super().__aexit__(*exception)
+        except psycopg.OperationalError as error:
+            # psycopg can't leave the mode in the middle of what a Ctrl-C has interrupted.
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
+
     async def _cancel_and_leave(self, *exception: Any) -> None:
         """Cancel on the server what it is at, until there is an end of it."""
-        error: Exception | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_cancelling)
-            try:
-                await super().__aexit__(*exception)
-            except Exception as raised:
-                error = raised  # it must not come out in the nursery's group
-            nursery.cancel_scope.cancel()
-        if error is not None:
-            raise error
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_cancelling)
+                await self._leave(*exception)
+                nursery.cancel_scope.cancel()
 
     async def _keep_cancelling(self) -> None:
         """Ask the server again and again: a request that overtakes its query is ignored."""

@@ -10,8 +10,10 @@ import math
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
+from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psycopg
 import trio
@@ -27,13 +29,13 @@ from psycopg.conninfo import (
 from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import AsyncTransaction
 from psycopg.waiting import Wait
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
 from .._done import DONE, Done
 from .._manager import WorkerManager
 from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
 from ._connecting import all_failed, connect_once, has_names_to_resolve
-from ._waiting import drive, poll, ready_now
+from ._waiting import BUSY_TIME, drive, poll, ready_now
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,6 +44,9 @@ _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
 
 _COPYING_IN = (generators.copy_to.__code__, generators.copy_end.__code__)
+
+# The connection on which the current task has no use for operations that do not succeed.
+_expendable: ContextVar[TrioConnection[Any] | None] = ContextVar("expendable", default=None)
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
@@ -57,9 +62,12 @@ class Lock:
     def __init__(self) -> None:
         self._free = trio.Semaphore(1, max_value=1)
 
+    def locked(self) -> bool:
+        return not self._free.value
+
     @enable_ki_protection
     async def __aenter__(self) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await checkpoint_if_cancelled()
         try:
             self._free.acquire_nowait()
         except trio.WouldBlock:
@@ -108,8 +116,8 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
     ) -> None:
         super().__init__(pgconn)
         self.server_cursor_factory = TrioServerCursor
-        self._is_expendable = False
         self._copy_was_ended = False
+        self._busy_until = -math.inf
         if row_factory is not None:
             self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
@@ -133,7 +141,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         attempts share the time that is left. Raises `psycopg.OperationalError`.
         """
         params = conninfo_to_dict(conninfo, **kwargs)
-        timeout: float = timeout_from_conninfo(params)
+        timeout = timeout_from_conninfo(params)
         is_given = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
         if has_names_to_resolve(params):
             attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
@@ -141,13 +149,14 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             attempts = conninfo_attempts(params)
         failures: list[tuple[str, psycopg.Error]] = []
         for number, attempt in enumerate(attempts):
-            if not is_given:
+            share: float = timeout
+            others = len(attempts) - number - 1
+            if others and not is_given:
                 # psycopg's default is longer than most deadlines: leave time for the other hosts.
                 remaining = trio.current_effective_deadline() - trio.current_time()
-                if number < len(attempts) - 1:
-                    timeout = min(timeout, max(0, remaining) / (len(attempts) - number))
+                share = min(timeout, max(0, remaining) / (others + 1))
             try:
-                with trio.move_on_after(timeout):
+                with trio.move_on_after(share):
                     pgconn = await connect_once(make_conninfo("", **attempt))
                     break
                 raise errors.ConnectionTimeout("connection timeout expired")
@@ -179,7 +188,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """
         if self._has_ended_already(gen):
             gen.close()
-            return cast("RV", None)
+            raise errors.QueryCanceled("the COPY has ended: a cancellation came between")
         socket = self.pgconn.socket
         limit = timeout if timeout is not None else interval
         try:
@@ -195,30 +204,36 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             except StopIteration as end:
                 return end.value  # type: ignore[no-any-return]
             raise psycopg.InternalError("the operation has no limit")
-        except (trio.ClosedResourceError, OSError):
-            raise psycopg.OperationalError("the connection is closed") from None
+        except (trio.ClosedResourceError, OSError) as error:
+            raise psycopg.OperationalError("the connection is closed") from error
         except Exception:
             raise
         except BaseException:
-            await self._stop(gen)
+            try:
+                await self._stop(gen)
+            except BaseException:  # another Ctrl-C
+                self._finish()
+                raise
             raise
 
     async def _checkpoint(self) -> None:
-        """Give way to others after an operation that did not have to wait.
+        """Give way to others, once a millisecond, after operations that did not have to wait.
 
-        It is too late to cancel it, unless it is one of many, in a copy or a pipeline.
+        It is too late to cancel one, unless it is one of many: in a stream, a copy or a pipeline.
         """
-        if self.pgconn.transaction_status == _ACTIVE:
-            await trio.lowlevel.checkpoint()
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+        is_one_of_many = self.pgconn.transaction_status == _ACTIVE
+        if perf_counter() > self._busy_until:
+            await (trio.lowlevel.checkpoint if is_one_of_many else cancel_shielded_checkpoint)()
+            self._busy_until = perf_counter() + BUSY_TIME
+        elif is_one_of_many:
+            await checkpoint_if_cancelled()
 
     async def _stop(self, gen: PQGen[Any]) -> None:
         """Cancel the running query on the server, and read to the end of it."""
         pgconn = self.pgconn
         if pgconn.transaction_status != _ACTIVE:
             return
-        if self._is_expendable:
+        if _expendable.get() is self:
             self._finish()
             return
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT) as scope:
@@ -265,15 +280,15 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
 
     @contextmanager
     def _expendable(self) -> Iterator[None]:
-        """Within this, a cancelled operation closes the connection, at once.
+        """Within this, an operation of this task that is cancelled closes the connection, at once.
 
         For whoever has no use for a connection on which that operation did not succeed.
         """
-        before, self._is_expendable = self._is_expendable, True
+        token = _expendable.set(self)
         try:
             yield
         finally:
-            self._is_expendable = before
+            _expendable.reset(token)
 
     def _has_ended_already(self, gen: PQGen[Any]) -> bool:
         """Say whether this is the rest, or the end, of a COPY that a cancellation has ended before."""
@@ -363,7 +378,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         try:
             if exc_type is None:
                 try:
-                    await trio.lowlevel.checkpoint_if_cancelled()
+                    await checkpoint_if_cancelled()
                 except trio.Cancelled as cancelled:  # too late to commit
                     await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
                     raise

@@ -33,10 +33,10 @@ _GONE = int(pq.TransactionStatus.UNKNOWN)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
 
 # What DISCARD ALL does, and the role. One by one, as DISCARD ALL must be sent alone: this way, one
-# message is enough. The transaction takes nothing over from the session's defaults: a deferrable one
-# might wait for others to end.
+# message is enough. The transaction takes its level from nobody's defaults: a deferrable one might
+# wait for others to end. Only read-only it may be: on a standby it has to.
 _DISCARD_SESSION = b"""
-    BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE NOT DEFERRABLE;
+    BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE;
     CLOSE ALL;
     SET SESSION AUTHORIZATION DEFAULT;
     RESET ROLE;
@@ -92,13 +92,21 @@ class ConnectionManager(WorkerManager[Connection]):
         )
 
     def needs_reset(self, worker: Connection) -> bool:
-        """Say whether the connection is inside a transaction."""
-        return worker.pgconn.transaction_status != _IDLE
+        """Say whether the connection is inside a transaction, or not everybody has let go of it."""
+        return bool(
+            worker.pgconn.transaction_status != _IDLE
+            or worker._num_transactions
+            or worker.lock.locked()  # by a generator, say, that was not closed: `notifies`
+        )
 
     async def reset(self, worker: Connection) -> None:
-        """Roll back."""
+        """Roll back, once nobody else is at it any more."""
         if worker._num_transactions:
             raise psycopg.ProgrammingError("a transaction() block has not been left")
+        async with worker.lock:
+            pass
+        if worker.pgconn.transaction_status == _IDLE:
+            return
         await _run(worker, b"ROLLBACK")
         # Prepared statements may have been made in the transaction, or of tables made in it.
         worker._prepared.clear()
@@ -261,7 +269,8 @@ def _validate(conninfo: str, keywords: dict[str, Any]) -> None:
         params = conninfo_to_dict(conninfo, **theirs)
         timeout_from_conninfo(params)
         # An @ or a / in a password that is not escaped in a URL: the rest of it looks like a host.
-        if "@" in str(params.get("host") or "")[1:]:
+        # One that begins with an @ is an abstract socket, and that of a path may have any name.
+        if re.search(r"(^|,)[^/,][^,]*@", str(params.get("host") or "")):
             what = "a host can't have an @ in it (in a URL, write that of a password as %40)"
         elif not re.fullmatch(r"[\d,\s]*", str(params.get("port") or "")):
             what = "port must be a number (in a URL, write the / of a password as %2F)"

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import select
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 
 import trio
 from psycopg import pq
 from psycopg.abc import RV, PQGen
 from psycopg.waiting import Ready, Wait
-from trio.lowlevel import (
-    cancel_shielded_checkpoint,
-    checkpoint_if_cancelled,
-    wait_readable,
-    wait_writable,
-)
+from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-BUSY_TIME = 0.005
-"""Seconds for which a connection that is always ready to be written to may keep the event loop."""
+BUSY_TIME = 0.001
+"""Seconds for which a connection that never has to wait may keep the event loop to itself."""
 
 
 async def drive(
@@ -84,28 +79,33 @@ def ready_now(socket: int, wanted: Wait) -> Ready:
 
 async def _wait_either(socket: int, wanted: Wait) -> Ready:
     """Wait until a socket is ready for something of what is wanted."""
-    ready, closed = 0, False
+    if wanted == Wait.W:
+        await wait_writable(socket)
+        return Ready.W
+    ready = 0
 
     async def wait_for(state: Ready) -> None:
-        nonlocal ready, closed
-        try:
-            await (wait_readable if state is Ready.R else wait_writable)(socket)
-            ready |= state
-        except (trio.ClosedResourceError, OSError):
-            closed = True
+        nonlocal ready
+        await (wait_readable if state is Ready.R else wait_writable)(socket)
+        ready |= state
         nursery.cancel_scope.cancel()
 
-    # What happens is raised below: without the nursery's group around it.
-    with suppress(trio.Cancelled, BaseExceptionGroup):
+    with ungrouped():
         async with trio.open_nursery() as nursery:
-            for state in (Ready.R, Ready.W):
-                if wanted & state:
-                    nursery.start_soon(wait_for, state)
-    if closed:
-        raise trio.ClosedResourceError
-    if not ready:
-        await checkpoint_if_cancelled()
+            nursery.start_soon(wait_for, Ready.R)
+            nursery.start_soon(wait_for, Ready.W)
     return Ready(ready)
+
+
+@contextmanager
+def ungrouped() -> Iterator[None]:
+    """Let out what was raised in a nursery without the group around it; a cancellation comes last."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        _, others = group.split(trio.Cancelled)
+        error = (others or group).exceptions[0]
+        raise error from error.__cause__
 
 
 async def poll(step: Callable[[], int], socket: Callable[[], int]) -> bool:
