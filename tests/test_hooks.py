@@ -198,6 +198,23 @@ async def test_on_checkin_may_leave_something_to_reset() -> None:
         assert manager.resets == 1
 
 
+async def test_a_question_that_raises_behind_a_hook_is_no_crash() -> None:
+    """Who raises in `needs_reset` is the manager, and the worker is destroyed."""
+    reasons: list[whitepool.Reason] = []
+
+    class Confused(Manager):
+        def needs_reset(self, worker: Tool) -> bool:
+            raise ValueError
+
+    hooks = whitepool.Hooks(on_checkin=lambda _: None, on_destroy=reasons.append)
+    async with whitepool.open_pool(Confused(Workshop()), pool_size=1, hooks=hooks) as session:
+        async with session.worker():
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert reasons == ["reset_failed"]
+        assert session.statistics().lost == 0
+
+
 async def test_failures_that_change_nothing_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Those of `after_release` and `on_destroy`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, ClassVar
+from unittest.mock import AsyncMock, MagicMock, Mock
 
 import pytest
 import trio.testing
@@ -84,3 +85,35 @@ async def test_a_manager_must_be_able_to_create() -> None:
     """The one method without a default."""
     with pytest.raises(NotImplementedError):
         await whitepool.WorkerManager[Any]().create()
+
+
+@pytest.mark.parametrize("wrong", ["3", 3.0, object()])
+async def test_a_descriptor_is_a_number(wrong: Any, autojump_clock: trio.testing.MockClock) -> None:
+    """A manager that says something else has failed to open a worker."""
+
+    class Wrong(whitepool.WorkerManager[object]):
+        async def create(self) -> object:
+            return object()
+
+        def fileno(self, worker: object) -> Any:
+            return wrong
+
+    with pytest.raises(whitepool.PoolStartError) as caught:
+        async with whitepool.open_pool(Wrong(), pool_size=1, start_timeout=3):
+            pytest.fail("the pool was opened")
+    assert isinstance(caught.value.__cause__, TypeError)
+    assert repr(wrong) in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("kind", [Mock, MagicMock, AsyncMock])
+@pytest.mark.filterwarnings("ignore:coroutine 'AsyncMockMixin:RuntimeWarning")
+async def test_a_mock_is_a_worker_too(kind: type[Mock]) -> None:
+    """What it has for a descriptor is not watched."""
+    session: whitepool.Session[Any]
+    async with whitepool.open_pool(AsyncMock(side_effect=kind), pool_size=1) as session:
+        assert not session._supervisor._watch.watched
+        resource = await session.block_checkout()
+        worker: Any = resource.get()
+        session.checkin(resource)
+        assert session.statistics().lost == 0
+    worker.aclose.assert_called()

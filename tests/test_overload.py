@@ -13,7 +13,7 @@ import trio.testing
 from workshop import Tool, Workshop, check_books
 
 import whitepool
-from whitepool._overload import StandingLine
+from whitepool._overload import stands
 
 Clock = trio.testing.MockClock
 SERVICE, DEADLINE, WORKERS = 0.02, 0.25, 5
@@ -29,12 +29,17 @@ class Outcome:
 
 
 async def offer(
-    load: float, seconds: float, patience: float = 0.4, deadline: float = DEADLINE
+    load: float,
+    seconds: float,
+    patience: float = 0.4,
+    share_of_others: float = 0,
+    others: float = math.inf,
 ) -> Outcome:
-    """Offer requests at `load` times the capacity, at random, each with a deadline."""
+    """Offer requests at `load` times the capacity, at random, each with a deadline: a share of them
+    with another one."""
     outcome, rng = Outcome(), random.Random(7)
 
-    async def request(session: whitepool.Session[Tool]) -> None:
+    async def request(session: whitepool.Session[Tool], deadline: float) -> None:
         began = trio.current_time()
         try:
             async with session.worker(timeout=deadline):
@@ -55,7 +60,8 @@ async def offer(
             end = trio.current_time() + seconds
             while trio.current_time() < end:
                 await trio.sleep(rng.expovariate(load * CAPACITY))
-                nursery.start_soon(request, session)
+                deadline = others if rng.random() < share_of_others else DEADLINE
+                nursery.start_soon(request, session, deadline)
         check_books(session.statistics())
         assert session.statistics().overloads == outcome.counts["overloaded"]
     return outcome
@@ -176,7 +182,7 @@ async def test_a_task_without_a_timeout_is_never_shed(autojump_clock: Clock) -> 
         try:
             async with session.worker(timeout=DEADLINE):
                 await trio.sleep(SERVICE)
-        except whitepool.PoolOverloaded:
+        except whitepool.CheckoutTimeout:
             pass
 
     async with whitepool.open_pool(Workshop().make, pool_size=WORKERS, max_overflow=0) as session:
@@ -188,32 +194,40 @@ async def test_a_task_without_a_timeout_is_never_shed(autojump_clock: Clock) -> 
         assert session.statistics().overloads > 500
 
 
-def test_what_stands() -> None:
-    """Slow, and for a whole period no fewer joined than were served, of which there were some."""
-    line = StandingLine(0.4)
-    line.look(0.3, 0, 1, joined=1000, served=1)
-    assert not line.stands  # what was before the first look says nothing
+async def test_each_is_looked_at_by_its_own_timeout(autojump_clock: Clock) -> None:
+    """Callers that have time do not keep those in a hurry from being told early."""
+    outcome = await offer(3, seconds=5, share_of_others=0.2, others=5)
+    assert outcome.counts["in time"] >= 0.95 * CAPACITY * 5
+    assert outcome.counts["timeouts"] + outcome.counts["late"] <= 0.02 * outcome.counts["overloaded"]
 
-    line = StandingLine(0.4)
-    assert line.look(0.02, 0, 1, joined=10, served=0) == pytest.approx(0.2)
-    assert not line.stands  # the first in line has not waited long
-    assert line.look(0.2, 0, 1, joined=10, served=0) == pytest.approx(0.22)
-    assert not line.stands  # the period is not over
-    line.look(0.22, 0, 1, joined=20, served=10)
-    assert line.stands
-    line.look(0.3, 0.08, 1, joined=20, served=20)
-    assert line.stands  # within the period
-    line.look(0.43, 0.2, 1, joined=25, served=20)
-    assert not line.stands  # it drains
-    line.look(0.64, 0.4, 1, joined=35, served=20)
-    assert not line.stands  # nobody was served
-    line.look(0.85, 0.6, 1, joined=45, served=21)
-    assert not line.stands  # nor was anybody for some of this period, maybe
-    line.look(1.06, 0.8, 1, joined=55, served=31)
-    assert line.stands
-    line.look(1.1, 1.05, 1, joined=55, served=31)
-    assert not line.stands  # somebody will be served quickly
-    line.look(1.4, 1.05, 1, joined=65, served=41)
-    assert line.stands
-    line.is_gone()
-    assert not line.stands
+
+async def test_few_that_are_served_tell_little(autojump_clock: Clock) -> None:
+    """Where one worker serves one a second, below its capacity, chance hardly passes for overload."""
+    rng, ends = random.Random(3), Counter[str]()
+
+    async def request(session: whitepool.Session[Tool]) -> None:
+        try:
+            async with session.worker(timeout=5):
+                await trio.sleep(1)
+            ends["served"] += 1
+        except whitepool.CheckoutTimeout as error:
+            ends[type(error).__name__] += 1
+
+    async with (
+        whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session,
+        trio.open_nursery() as nursery,
+    ):
+        for _ in range(3000):
+            await trio.sleep(rng.expovariate(0.8))
+            nursery.start_soon(request, session)
+    assert ends["PoolOverloaded"] <= 0.04 * 3000  # it would be twice as many
+
+
+def test_what_stands() -> None:
+    """No fewer joined than were served, by more than chance; and of those there were some."""
+    assert stands(True, joined=20, served=10)
+    assert not stands(True, joined=10, served=20)
+    assert not stands(True, joined=13, served=10)  # by chance
+    assert stands(True, joined=1300, served=1000)
+    assert not stands(True, joined=20, served=0)  # nobody was served
+    assert not stands(False, joined=20, served=10)  # nor was anybody in the period before

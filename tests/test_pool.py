@@ -256,6 +256,19 @@ async def test_an_exception_group_of_the_user_stays_one() -> None:
     assert caught.value.message == "mine"
 
 
+def test_an_exception_group_of_the_user_stays_one_without_strict_groups() -> None:
+    """Whether Trio would take it off or not."""
+
+    async def main() -> None:
+        with pytest.raises(BaseExceptionGroup) as caught:
+            async with whitepool.open_pool(Workshop().make):
+                raise BaseExceptionGroup("mine", [ValueError()])
+        assert caught.value.message == "mine"
+
+    with pytest.warns(trio.TrioDeprecationWarning):
+        trio.run(main, strict_exception_groups=False)
+
+
 async def test_leaving_by_cancellation_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
     """Closing is shielded, happens to all workers at once, and ends by `close_timeout`. (Rule 10.)"""
     shop = Workshop()

@@ -227,6 +227,71 @@ async def test_nonblock_checkout_does_not_wait_for_a_server_that_is_down(
         assert trio.current_time() == pytest.approx(0.25)
 
 
+async def test_nonblock_checkout_waits_for_what_the_pool_itself_is_at(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A worker that nobody has, though it is being reset or replaced, is no reason to be refused."""
+    manager = Manager(Workshop())
+    manager.before_reset = manager.shop.before_close = lambda _: trio.sleep(1)
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0, max_waiting=0) as session:
+        resource = await session.nonblock_checkout()
+        with pytest.raises(whitepool.PoolFull):
+            await session.nonblock_checkout()
+        with pytest.raises(whitepool.PoolOverloaded):
+            await session.block_checkout()
+        manager.dirty.add(resource.get())
+        session.checkin(resource)
+        resource = await session.nonblock_checkout()
+        assert trio.current_time() == 1
+        session.destroyed(resource)
+        resource = await session.block_checkout()
+        assert trio.current_time() == 2
+        session.checkin(resource)
+
+
+async def test_a_failed_start_refuses_only_who_waited_for_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Of two that wait for a start each, one is told of a failure, the other gets its worker."""
+    shop = Workshop()
+    outcomes: list[str] = []
+
+    async def open_one(attempt: int) -> None:
+        await trio.sleep(attempt)
+        if attempt == 1:
+            raise OSError
+
+    shop.before_open = open_one
+
+    async def client() -> None:
+        try:
+            session.checkin(await session.nonblock_checkout())
+            outcomes.append(f"served at {trio.current_time()}")
+        except whitepool.PoolStartError:
+            outcomes.append(f"refused at {trio.current_time()}")
+
+    async with (
+        whitepool.open_pool(shop.make, pool_size=2, lazy=True) as session,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(client)
+        nursery.start_soon(client)
+    assert outcomes == ["refused at 1.0", "served at 2.0"]
+
+
+@pytest.mark.parametrize("pool_size", [0, 1])
+async def test_max_waiting_counts_those_who_wait_for_others(pool_size: int) -> None:
+    """Where nobody may wait in line, a new worker within the overflow may still be waited for."""
+    async with whitepool.open_pool(
+        Workshop().make, pool_size=pool_size, max_overflow=2, lazy=True, max_waiting=0
+    ) as session:
+        resources = [await session.block_checkout() for _ in range(pool_size + 2)]
+        with pytest.raises(whitepool.PoolOverloaded):
+            await session.block_checkout()
+        for resource in resources:
+            session.checkin(resource)
+
+
 async def test_checkout_nowait() -> None:
     """An idle worker now, or WouldBlock; it starts nothing."""
     shop = Workshop()

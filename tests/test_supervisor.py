@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from workshop import Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
 
@@ -224,6 +226,99 @@ async def test_a_worker_that_hangs_in_closing_is_abandoned(
             assert trio.current_time() == pytest.approx(2)
         shop.before_close = Workshop().before_close
     assert any(record.message.startswith("close_failed") for record in caplog.records)
+
+
+async def hang(*_: object) -> None:
+    await trio.sleep_forever()
+
+
+async def test_closing_what_did_not_open_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    """A worker that on_create refuses, and that hangs in closing, costs `close_timeout`."""
+    shop = Workshop()
+    shop.before_close = hang
+    refused = ValueError("not this one")
+
+    def refuse(tool: Tool) -> None:
+        raise refused
+
+    hooks = whitepool.Hooks(on_create=refuse)
+    async with whitepool.open_pool(
+        shop.make, pool_size=1, max_overflow=0, lazy=True, hooks=hooks, close_timeout=2
+    ) as session:
+        with pytest.raises(whitepool.PoolStartError) as caught:
+            await session.nonblock_checkout()
+        assert trio.current_time() == 2
+        assert caught.value.__cause__ is refused
+
+
+@pytest.mark.parametrize("close_timeout", [0.5, 20])
+async def test_closing_what_was_given_up_is_bounded(
+    close_timeout: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A worker that is given up while a hook has it has as long as any other to close."""
+    shop = Workshop()
+    shop.before_close = hang
+    hooks = whitepool.Hooks(on_create=hang)
+    with pytest.raises(LookupError):
+        async with whitepool.open_pool(
+            shop.make, pool_size=1, lazy=True, hooks=hooks, close_timeout=close_timeout
+        ) as session:
+            with trio.move_on_after(1):
+                await session.block_checkout()
+            raise LookupError
+    assert trio.current_time() == 1 + close_timeout
+
+
+async def test_closing_what_has_crashed_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    """A worker whose nursery has crashed has as long as any other to close."""
+    shop = Workshop()
+    shop.before_close = hang
+
+    class Crashing(Manager):
+        @asynccontextmanager
+        async def lifespan(self) -> AsyncIterator[Tool]:
+            async def background() -> None:
+                await tool.crash.wait()
+                raise RuntimeError
+
+            async with trio.open_nursery() as nursery, super().lifespan() as tool:
+                nursery.start_soon(background)
+                yield tool
+                nursery.cancel_scope.cancel()
+
+    async with whitepool.open_pool(
+        Crashing(shop), pool_size=1, max_overflow=0, close_timeout=0.5
+    ) as session:
+        shop.tools[0].crash.set()
+        await trio.testing.wait_all_tasks_blocked()
+        async with session.worker():
+            assert trio.current_time() == 0.5
+        assert session.statistics().lost == 1
+
+
+async def test_a_start_that_was_given_up_too_late_to_notice(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A worker that hears of nothing while it opens is closed when it has opened, and never counted."""
+    shop = Workshop()
+
+    class Deaf(Manager):
+        @asynccontextmanager
+        async def lifespan(self) -> AsyncIterator[Tool]:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(1)
+                async with super().lifespan() as tool:
+                    yield tool
+
+    async with whitepool.open_pool(Deaf(shop), pool_size=1, lazy=True) as session:
+        with trio.move_on_after(0.5):
+            await session.block_checkout()
+        session._supervisor.drain()
+        await trio.sleep(0.5)
+        await trio.testing.wait_all_tasks_blocked()
+        check_books(session.statistics())
+        assert session.statistics().started == 0
+    assert not shop.alive
 
 
 async def test_a_worker_that_fails_in_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -249,6 +249,7 @@ async def test_what_can_not_be_watched(watch: HangupWatch[str]) -> None:
         os.close(closed)
         watch.add(closed, "worker that is closed")
         watch.add(-1, "worker that says it is closed")
+        watch.add(2**40, "worker with a number that is none")
         watch.add(None, "worker without a descriptor")
         assert not watch.watched
         assert await is_quiet(watch)

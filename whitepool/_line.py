@@ -23,10 +23,14 @@ from trio.lowlevel import (
     wait_task_rescheduled,
 )
 
-from ._overload import StandingLine
+from ._overload import stands
 from ._worker import Worker
 
 T = TypeVar("T")
+
+Waiter = tuple[int, float, float, int, int, bool]
+"""The number under which a task joined, since when it waits, and its timeout. Then, as of the last look
+at it: how many had joined and been served ever, and whether anybody was served in the period before."""
 
 
 class Refusal(Protocol):
@@ -51,20 +55,18 @@ class Line(Generic[T]):
         """The shelf. The right end is the one that was in use last."""
         self.take = self.idle.pop if lifo else self.idle.popleft
         """Take the next idle worker off the shelf; IndexError where there is none."""
-        self.waiters: OrderedDict[Task, tuple[int, float, float]] = OrderedDict()
-        """The line: for each task the number under which it joined, since when it waits, and its
-        timeout. The first waits the longest."""
+        self.waiters: OrderedDict[Task, Waiter] = OrderedDict()
+        """The line. The first waits the longest."""
         self.not_queueing: set[Task] = set()
         """Those in line that wait for a start, not for a return (`Session.nonblock_checkout`)."""
         self._refusal = refusal
         self._left_unserved = left_unserved
         self._joined = 0
         self._served = 0
-        self._patience = patience
-        self._standing = StandingLine(patience)
-        # When to look at whom: first when it has used up its share of its timeout, then when all of
-        # it. Those who have left stay in it until there are too many of them: most are served long
-        # before, and to look for each would cost more than the wait.
+        # Share of its timeout after which a waiter is looked at again. See `_overload`.
+        self._period = patience / 2 if patience < 1 else 1
+        # When to look at whom next. Those who have left stay in it until there are too many of them:
+        # most are served long before, and to look for each would cost more than the wait.
         self._appointments: list[tuple[float, int, Task]] = []
         self._alarm = trio.CancelScope()
         self._wakes_at = math.inf  # the alarm's deadline, which costs a call to ask
@@ -75,12 +77,12 @@ class Line(Generic[T]):
         task = current_task()
         now = self._now()
         self._joined = number = self._joined + 1
-        self.waiters[task] = (number, now, timeout)
+        self.waiters[task] = (number, now, timeout, number, self._served, False)
         if timeout != math.inf:
             if len(self._appointments) > 64 + 4 * len(self.waiters):
                 self._appointments = [entry for entry in self._appointments if self._waits(entry)]
                 heapify(self._appointments)
-            first = now + self._patience * timeout
+            first = now + self._period * timeout
             heappush(self._appointments, (first, number, task))
             if first < self._wakes_at:
                 self._alarm.deadline = self._wakes_at = first
@@ -95,8 +97,9 @@ class Line(Generic[T]):
 
     def longest_wait(self, now: float) -> float:
         """Return for how many seconds the first in line has been waiting."""
-        _, since, _ = next(iter(self.waiters.values()), (0, now, 0))
-        return now - since
+        for _, since, *_ in self.waiters.values():
+            return now - since
+        return 0
 
     def serve(self, worker: Worker[T]) -> None:
         """Give a worker to the longest-waiting task."""
@@ -120,42 +123,27 @@ class Line(Generic[T]):
         """Send away those whose time is up. One task does it for all of them."""
         while True:
             now = self._now()
-            next_look = self._look(now)
             while self._appointments and self._appointments[0][0] <= now:
                 entry = heappop(self._appointments)
                 if self._waits(entry):
                     self._attend(entry, now)
-            earliest = self._appointments[0][0] if self._appointments else math.inf
-            self._wakes_at = min(earliest, next_look)
+            self._wakes_at = self._appointments[0][0] if self._appointments else math.inf
             with trio.CancelScope(deadline=self._wakes_at) as self._alarm:
                 await trio.sleep_forever()
 
     def _attend(self, entry: tuple[float, int, Task], now: float) -> None:
-        """Look at a task that has used up its share of its timeout, or all of it."""
+        """Look at a task that has waited for one more period, or for all of its timeout."""
         _, number, task = entry
-        _, since, timeout = self.waiters[task]
+        _, since, timeout, joined, served, flowed = self.waiters[task]
         if now >= since + timeout:
             self.fail(task, self._refusal(early=False))
-        elif self._standing.stands:
+        elif stands(flowed, self._joined - joined, self._served - served):
             self.fail(task, self._refusal(early=True))
         else:
-            heappush(self._appointments, (since + timeout, number, task))
-
-    def _look(self, now: float) -> float:
-        """See whether the line stands; say when to look again."""
-        limited = next((entry for entry in self.waiters.values() if entry[2] != math.inf), None)
-        if limited is None or self._patience >= 1:
-            self._standing.is_gone()
-            return math.inf
-        _, since, timeout = limited
-        stood = self._standing.stands
-        next_look = self._standing.look(now, since, timeout, self._joined, self._served)
-        if self._standing.stands and not stood:
-            # Those who were spared so far, because it did not stand yet.
-            for task, (_, since, timeout) in list(self.waiters.items()):
-                if now >= since + self._patience * timeout:
-                    self.fail(task, self._refusal(early=now < since + timeout))
-        return next_look
+            flowed = self._served > served
+            self.waiters[task] = (number, since, timeout, self._joined, self._served, flowed)
+            next_look = min(now + self._period * timeout, since + timeout)
+            heappush(self._appointments, (next_look, number, task))
 
     def _waits(self, entry: tuple[float, int, Task]) -> bool:
         """Say whether a task is still in line: it may have left, and may have joined again."""

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
 from typing import Generic, TypeVar, Union, cast
 
 import trio
@@ -14,8 +15,8 @@ from ._errors import PoolStartError
 
 T = TypeVar("T")
 
-CLOSE_TIMEOUT = 5.0
-"""Seconds for closing a worker that was given up while it was opened."""
+close_timeout: ContextVar[float] = ContextVar("close_timeout", default=5.0)
+"""Seconds for closing a worker of the pool whose host this is."""
 
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
@@ -67,9 +68,10 @@ class WorkerManager(Generic[T]):
             fileno = getattr(thing, "fileno", None)
             if callable(fileno):
                 try:
-                    return int(fileno())
+                    number = fileno()
                 except (OSError, ValueError):
                     return None  # it is none of the kind that has one
+                return number if isinstance(number, int) else None
         return None
 
     @asynccontextmanager
@@ -118,12 +120,12 @@ class FactoryManager(WorkerManager[T]):
 def _closing() -> trio.CancelScope:
     """Make a scope for closing a worker.
 
-    The host bounds it by `close_timeout`. Only where opening the worker was given up in the very moment
-    in which it succeeded, the host has been cancelled already.
+    The host bounds it. Only where opening the worker was given up, or something of its own has crashed,
+    everything around it has been cancelled already.
     """
     if trio.current_effective_deadline() > -math.inf:
         return trio.CancelScope()
-    return trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_TIMEOUT)
+    return trio.CancelScope(shield=True, deadline=trio.current_time() + close_timeout.get())
 
 
 def manager_of(worker: T, manager: WorkerManager[T]) -> WorkerManager[T]:

@@ -94,7 +94,7 @@ class Pool(Generic[T]):
         supervisor = Supervisor(self._manager, self._options)
         session = Session(supervisor)
         try:
-            async with trio.open_nursery() as nursery:
+            async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 nursery.start_soon(supervisor.run)
                 try:
                     await supervisor.wait_open()

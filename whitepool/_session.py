@@ -107,7 +107,7 @@ class Session(Generic[T]):
                 await self._give_way()
         else:
             supervisor = self._supervisor
-            if len(self._line.waiters) >= supervisor.options.max_waiting:
+            if len(self._line.waiters) >= supervisor.options.max_waiting and supervisor.is_full():
                 await cancel_shielded_checkpoint()
                 raise supervisor.refusal(early=True)
             supervisor.one_is_lacking()
@@ -131,7 +131,7 @@ class Session(Generic[T]):
             if perf_counter() > self._busy_until:
                 await self._give_way()
         else:
-            if not self._supervisor.may_start_one():
+            if self._supervisor.is_full():
                 await cancel_shielded_checkpoint()
                 raise PoolFull(f"{self.name}: every worker is out, and no further one may be started")
             self._supervisor.one_is_lacking()

@@ -165,9 +165,9 @@ class Supervisor(Generic[T]):
             self.dismiss(worker, "dead")
         return alive
 
-    def may_start_one(self) -> bool:
-        """Say whether one more waiter could get a worker of its own, now or once it is open."""
-        return len(self.line.waiters) < self._starting + self._limit - len(self._workers)
+    def is_full(self) -> bool:
+        """Say whether one more task in line would have to wait for a client to return a worker."""
+        return len(self.line.waiters) >= self._limit - self._in_use()
 
     def one_is_lacking(self) -> None:
         """Have a worker started for a task that is about to join the line, where there is room."""
@@ -239,7 +239,7 @@ class Supervisor(Generic[T]):
             pool_size=self.options.pool_size,
             max_overflow=self.options.max_overflow,
             idle=idle,
-            in_use=self._alive - idle - self._in_host,
+            in_use=self._in_use(),
             overflow=max(0, self._alive + self._starting - self.options.pool_size),
             starting=self._starting,
             resetting=self._in_host,
@@ -247,6 +247,9 @@ class Supervisor(Generic[T]):
             longest_wait=self.line.longest_wait(self.now()),
             **self.counts,
         )
+
+    def _in_use(self) -> int:
+        return self._alive - len(self.line.idle) - self._in_host
 
     def tell_of_starts(self, tell: Callable[[float], None]) -> None:
         """Tell how many seconds each worker took to open: those that are open, and those to come."""
@@ -280,10 +283,15 @@ class Supervisor(Generic[T]):
             self._final_error = error
             self._opened.set()
             self.drain()
-        for task in self.line.not_queueing.intersection(self.line.waiters):
-            refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
-            refusal.__cause__ = error
-            self.line.fail(task, refusal)
+        # Those who wait for a start, and for whom there is none any more.
+        on_the_way = self._starting + self._in_host
+        for task in list(self.line.waiters) if self.line.not_queueing else ():
+            if on_the_way > 0 or task not in self.line.not_queueing:
+                on_the_way -= 1
+            else:
+                refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
+                refusal.__cause__ = error
+                self.line.fail(task, refusal)
 
     def ready(self, worker: Worker[T]) -> None:
         self._inbox.send_nowait(worker)

@@ -28,7 +28,7 @@ class HangupWatch(Generic[T]):
     def add(self, fileno: int | None, worker: T) -> None:
         """Watch a descriptor, unless there is none, or it can't be watched (a regular file)."""
         if self._epoll is not None and fileno is not None:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, OverflowError):
                 self._epoll.register(fileno, select.EPOLLRDHUP)
                 self.watched[fileno] = worker
 

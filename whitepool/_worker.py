@@ -13,7 +13,7 @@ from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protect
 
 from ._errors import unwrapped
 from ._hooks import Reason, call
-from ._manager import WorkerManager, manager_of
+from ._manager import WorkerManager, close_timeout, manager_of
 from ._options import Options
 
 T = TypeVar("T")
@@ -135,20 +135,26 @@ class Worker(Generic[T]):
         opened = False
         failure: Exception | None = None
         self._life.deadline = begun + options.start_timeout
+        close_timeout.set(options.close_timeout)
         try:
             with self._life:
                 async with self._manager.lifespan() as self.obj:
-                    await call(options.hooks.on_create, self.obj)
-                    await checkpoint_if_cancelled()  # too late is too late
-                    self._life.deadline = math.inf
-                    self._learn_manners()
-                    self.opened_in = self.opened_at - begun
-                    opened = True
-                    owner.started(self)
                     try:
-                        await self._work()
+                        await call(options.hooks.on_create, self.obj)
+                        await checkpoint_if_cancelled()  # too late is too late
+                        self._learn_manners()
+                        if self.place is Place.STARTING:
+                            self._life.deadline = math.inf
+                            self.opened_in = self.opened_at - begun
+                            opened = True
+                            owner.started(self)
+                            await self._work()
+                    except Exception as error:
+                        failure = error  # closing may take too long, and hide it
+                        raise
                     finally:
-                        owner.left(self)
+                        if opened:
+                            owner.left(self)
                         self._life.deadline = trio.current_time() + options.close_timeout
         except Exception as error:
             failure = unwrapped(error)
@@ -178,14 +184,14 @@ class Worker(Generic[T]):
         ):
             return
         # Asked only now: the hook may have left something to clean.
-        if (
-            self.needs_reset is not None
-            and self.needs_reset(self.obj)
-            and not await self._attempt("reset_failed", lambda: self._manager.reset(self.obj))
-        ):
+        if self.needs_reset is not None and not await self._attempt("reset_failed", self._reset):
             return
         self._owner.ready(self)
         await self._call_quietly("after_release", self._options.reset_timeout)
+
+    async def _reset(self) -> None:
+        if self.needs_reset is not None and self.needs_reset(self.obj):
+            await self._manager.reset(self.obj)
 
     async def _probe(self) -> None:
         if await self._attempt("check_failed", lambda: self._manager.check(self.obj)):
@@ -225,6 +231,8 @@ class Worker(Generic[T]):
         if kind.needs_reset is not WorkerManager.needs_reset:
             self.needs_reset = manager.needs_reset
         self.can_be_checked = kind.check is not WorkerManager.check
-        self.fileno = manager.fileno(self.obj)
+        fileno = self.fileno = manager.fileno(self.obj)
+        if not (fileno is None or isinstance(fileno, int)):
+            raise TypeError(f"fileno must return an int or None, not {fileno!r}")
         self.opened_at = self.probed = now = trio.current_time()
         self.expires = now + self._options.max_lifetime * self.jitter
