@@ -236,8 +236,9 @@ def test_shell(page: Path) -> None:
             words = shlex.split(command)
             if words[:1] == ["make"]:
                 targets = [word for word in words[1:] if "=" not in word]
-                known = re.findall(r"^([\w-]+):", makefile, re.MULTILINE)
-                assert set(targets) <= set(known), where
+                known = re.findall(r"^([\w-]+|%/\w+):", makefile, re.MULTILINE)
+                rules = {re.sub(r"^[\w.-]+/", "%/", target) for target in targets}
+                assert rules <= set(known), where
             for word in words:
                 if re.match(r"(examples|tests|benchmarks|docs|whitepool)/|\w+\.(py|md|toml)$", word):
                     assert exists(page, word.partition("::")[0]), where
