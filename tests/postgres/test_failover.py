@@ -229,6 +229,8 @@ async def test_clients_survive_a_failover(doomed: Pair) -> None:
             await trio.to_thread.run_sync(doomed.standby.promote)
             promoted = trio.current_time()
             await ledger.until_all_wrote(promoted, within=5)
+            recovery = trio.current_time() - promoted
+            print(f"\nall {CLIENTS} write again {recovery * 1000:.0f} ms after the promotion")
             check_books(pool.statistics())
             await until(lambda: pool.statistics().starting == 0)
             async with pool.worker() as connection:
