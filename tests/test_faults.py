@@ -102,7 +102,7 @@ async def test_idle_connections_are_replaced(server: EmbeddedPostgres, name: str
                 f"\n{kind}: five replaced {(replaced_at - hung_up_at) * 1000:.1f} ms after the first"
                 f" hang-up, {(replaced_at - killed_at) * 1000:.1f} ms after the kill"
             )
-            assert replaced_at - hung_up_at < 0.5  # 0.1, were the machine quiet
+            assert replaced_at - hung_up_at < 0.5  # 0.1, and room for a slow machine
 
 
 async def by_turns(session: Session) -> None:
@@ -284,7 +284,7 @@ async def test_a_server_that_is_restarted_under_load(
                 f" attempts in the first second, {failures} in all; {answers} answers,"
                 f" {troubles} troubles"
             )
-            assert recovery < 1.5  # a second, were the machine quiet
+            assert recovery < 1.5  # a second, and room for a slow machine
             assert failures < 40
             assert (now.in_use, now.waiting, now.leaked) == (0, 0, 0)
             check_books(now)
