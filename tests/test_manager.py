@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar
 from unittest.mock import AsyncMock, MagicMock, Mock
 
@@ -109,11 +110,11 @@ async def test_a_descriptor_is_a_number(wrong: Any, autojump_clock: trio.testing
 @pytest.mark.filterwarnings("ignore:coroutine 'AsyncMockMixin:RuntimeWarning")
 async def test_a_mock_is_a_worker_too(kind: type[Mock]) -> None:
     """What it has for a descriptor is not watched."""
-    session: whitepool.Session[Any]
-    async with whitepool.open_pool(AsyncMock(side_effect=kind), pool_size=1) as session:
+    make: Callable[[], Awaitable[Any]] = AsyncMock(side_effect=kind)
+    async with whitepool.open_pool(make, pool_size=1) as session:
         assert not session._supervisor._watch.watched
         resource = await session.block_checkout()
-        worker: Any = resource.get()
+        worker = resource.get()
         session.checkin(resource)
         assert session.statistics().lost == 0
     worker.aclose.assert_called()

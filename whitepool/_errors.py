@@ -23,7 +23,7 @@ class PoolFull(PoolError):
 
 
 class PoolStartError(PoolError):
-    """The pool could not start its workers.
+    """The pool could not start its workers, or not in time.
 
     `__cause__` is the last error of the factory. A `WorkerManager.create` may raise this error itself
     to say that trying again is pointless: opening the pool then fails at once.

@@ -33,7 +33,7 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
 
 
 class Troubles:
-    """Tells of one kind of trouble, at most once a second: a dead server has a lot to say."""
+    """A pool's voice for its troubles, at most one in a second: a dead server has a lot to say."""
 
     def __init__(self, pool: str) -> None:
         self._pool = pool

@@ -51,14 +51,15 @@ class Pool(Generic[T]):
           a tenth more often. Default 30; `math.inf`: never.
       start_timeout (float): how long opening the pool may take, retries included, before
           `PoolStartError`; and later, how long one attempt to start a worker may take. Default 30.
-      reset_timeout (float): how long one reset, or one probe, may take before the worker is
-          destroyed. Default 5.
-      close_timeout (float): how long closing one worker may take before it is abandoned. Default 5.
+      reset_timeout (float): how long one reset, one probe, or one hook in between may take before
+          the worker is destroyed. Default 5.
+      close_timeout (float): how long closing one worker may take before it is abandoned; `on_destroy`
+          has as long again. Default 5.
       shutdown_timeout (float): how long `open_pool` waits for outstanding workers at a normal exit.
           Default 30.
       max_starting (int): workers being opened at once. Default 4.
-      max_waiting (int): tasks allowed in line; one more gets `PoolOverloaded` at once.
-          Default `math.inf`.
+      max_waiting (float): tasks allowed in line for those that clients hold; one more gets
+          `PoolOverloaded` at once. Default `math.inf`.
       patience (float): when the line stands because too much is asked, a task is sent away with
           `PoolOverloaded` once it has waited this share of its own timeout, so that those who are
           served have time left. Default 0.4; 1 turns it off. A line that drains, and a task with

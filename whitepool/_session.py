@@ -61,11 +61,12 @@ class Resource(Generic[T]):
 
 
 class Session(Generic[T]):
-    """A pool, as its clients see it. One session serves all tasks.
+    """A pool, as its clients see it. One session serves all tasks of one `trio.run`.
 
     Every asynchronous method is a cancellation point, and a cancelled one leaves no trace: either the
     caller has the resource, or the pool has the worker. Each lets other tasks run, but checkouts that
-    find an idle worker do so only once a millisecond: they are followed by work that does.
+    find an idle worker do so only once a millisecond: they are followed by work that does. Another
+    thread gets in by `trio.from_thread.run`.
     """
 
     def __init__(self, supervisor: Supervisor[T]) -> None:
@@ -190,7 +191,7 @@ class Session(Generic[T]):
     def checkin(self, resource: Resource[T]) -> None:
         """Give a worker back.
 
-        It never blocks and does no I/O, so it can't be cancelled and belongs into a ``finally:``.
+        It never blocks and does no I/O, so it can't be cancelled and belongs in a ``finally:``.
         A worker that has died is replaced, one that needs it is reset before its next use; both
         happen later, in the worker's host. Raises `NotCheckedOut` for a resource that has been
         returned already, or that is another pool's.
@@ -227,7 +228,7 @@ class Session(Generic[T]):
         """Shut the pool down, and return when every worker is closed.
 
         New checkouts are refused with `PoolClosed`, tasks already in line are still served, and
-        workers that are out are waited for, for at most `timeout` seconds; then whatever is left is
+        workers that are out are waited for, for at most `timeout` seconds (default: without end); then whatever is left is
         closed at once. It may be called again, also with a shorter timeout, also from several tasks.
         Where it is cancelled, the pool goes on draining.
         """

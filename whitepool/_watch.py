@@ -17,7 +17,7 @@ class HangupWatch(Generic[T]):
 
     On Linux, one epoll descriptor holds all of them for as long as their workers live. Descriptors
     of this kind nest: this one becomes readable when a peer hangs up, and Trio waits for that.
-    Ordinary traffic doesn't wake anybody. Elsewhere nothing is watched.
+    Ordinary traffic doesn't wake anybody. On other systems nothing is watched.
     """
 
     def __init__(self) -> None:

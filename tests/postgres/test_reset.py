@@ -534,7 +534,8 @@ async def test_a_generator_that_somebody_keeps_costs_the_connection(dsn: str, re
             kept = connection.notifies()
             await kept.__anext__()
         async with pool.worker() as connection:
-            assert await ask(connection, "SELECT pg_backend_pid()") != backend
+            with trio.fail_after(5):
+                assert await ask(connection, "SELECT pg_backend_pid()") != backend
         assert pool.statistics().destroyed == 1
         await kept.aclose()
 

@@ -150,11 +150,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         failures: list[tuple[str, psycopg.Error]] = []
         for number, attempt in enumerate(attempts):
             share: float = timeout
-            others = len(attempts) - number - 1
-            if others and not is_given:
+            if not is_given:
                 # psycopg's default is longer than most deadlines: leave time for the other hosts.
                 remaining = trio.current_effective_deadline() - trio.current_time()
-                share = min(timeout, max(0, remaining) / (others + 1))
+                share = min(timeout, max(0, remaining) / (len(attempts) - number))
             try:
                 with trio.move_on_after(share):
                     pgconn = await connect_once(make_conninfo("", **attempt))

@@ -127,7 +127,7 @@ class PostgresManager(ConnectionManager):
     Args:
       conninfo: the connection string, as for `connect`.
       configure: an async callable that gets each new connection once, before anybody else. It must
-          leave no transaction open.
+          leave no transaction open: without ``autocommit=True``, it ends with a commit.
       reset: what happens to a connection between two clients. ``"rollback"`` (default) ends a
           transaction, where there is one. ``"session"`` makes it indistinguishable from a new one:
           everything that ``DISCARD ALL`` discards, the role, and what can be set on the connection
