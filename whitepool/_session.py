@@ -228,8 +228,8 @@ class Session(Generic[T]):
         """Shut the pool down, and return when every worker is closed.
 
         New checkouts are refused with `PoolClosed`, tasks already in line are still served, and
-        workers that are out are waited for, for at most `timeout` seconds (default: without end); then whatever is left is
-        closed at once. It may be called again, also with a shorter timeout, also from several tasks.
+        workers that are out are waited for, for at most `timeout` seconds (default: without end).
+        Then whatever is left is closed at once. It may be called again, also with a shorter timeout, also from several tasks.
         Where it is cancelled, the pool goes on draining.
         """
         check_seconds("timeout", timeout)
