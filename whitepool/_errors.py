@@ -19,7 +19,7 @@ class PoolClosed(PoolError):
 
 
 class PoolFull(PoolError):
-    """Every worker is out and no further one may be started (`Session.nonblock_checkout`)."""
+    """Clients hold every worker that may exist (`Session.nonblock_checkout`)."""
 
 
 class PoolStartError(PoolError):

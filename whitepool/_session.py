@@ -121,8 +121,8 @@ class Session(Generic[T]):
     async def nonblock_checkout(self) -> Resource[T]:
         """Check out a worker without queueing: an idle one, or a new one within the overflow.
 
-        It waits for nobody to return a worker, but for a new worker to open. Raises `PoolFull` where
-        every worker is out and no further one may be started, `PoolStartError` where the new one
+        It waits for nobody to return a worker, but for a new one to open, or one to be reset. Raises
+        `PoolFull` where clients hold every worker that may exist, `PoolStartError` where the new one
         could not be started, and `PoolClosed`.
         """
         await call(self._before_acquire)
@@ -229,8 +229,8 @@ class Session(Generic[T]):
 
         New checkouts are refused with `PoolClosed`, tasks already in line are still served, and
         workers that are out are waited for, for at most `timeout` seconds (default: without end).
-        Then whatever is left is closed at once. It may be called again, also with a shorter timeout, also from several tasks.
-        Where it is cancelled, the pool goes on draining.
+        Then whatever is left is closed at once. It may be called again, also with a shorter timeout,
+        also from several tasks. Where it is cancelled, the pool goes on draining.
         """
         check_seconds("timeout", timeout)
         supervisor = self._supervisor
