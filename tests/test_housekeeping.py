@@ -17,7 +17,7 @@ Clock = trio.testing.MockClock
 
 
 LATE = 0.05 * 0.9 * 30 + 0.1
-"""Seconds. Probes wait for others, for up to a twentieth of the shortest period."""
+"""Seconds. What is due waits for others, for up to a twentieth of the shortest period."""
 
 
 class Checked(Manager):
@@ -42,15 +42,18 @@ class Checked(Manager):
 
 
 async def test_idle_workers_are_probed(autojump_clock: Clock) -> None:
-    """Each of them every `check_interval`, less up to a tenth by chance, or a little late. (Rule 6.)"""
+    """Each of them every `check_interval`, less up to a tenth by chance, or a little late. (Rule 6.)
+
+    Not more than half at a time: of three that come due together, two wait for their turn.
+    """
     manager = Checked(Workshop())
     async with whitepool.open_pool(manager, pool_size=3, overflow_ttl=30, check_interval=30) as session:
         await trio.sleep(305)
         assert session.statistics().idle == 3
         for tool in manager.shop.tools:
             times = [time for time, probed in manager.probes if probed is tool]
-            assert all(26.9 < b - a < 30 + LATE for a, b in pairwise([0, *times]))
-            assert times[-1] > 305 - 30 - LATE
+            assert all(26.9 < b - a < 30 + 3 * LATE for a, b in pairwise([0, *times]))
+            assert times[-1] > 305 - 30 - 3 * LATE
 
 
 async def test_what_comes_due_together_is_done_together(autojump_clock: Clock) -> None:

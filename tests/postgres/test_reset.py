@@ -19,6 +19,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row, tuple_row
 from psycopg.types.string import TextLoader
+from trio.testing import wait_all_tasks_blocked
 
 from whitepool import PoolStartError, Session, open_pool
 from whitepool.postgres import PostgresManager, TrioConnection
@@ -523,16 +524,25 @@ async def test_a_two_phase_transaction_costs_the_connection(dsn: str) -> None:
                 assert connection.info.backend_pid != backend
 
 
+async def notify(onlooker: Onlooker) -> None:
+    """Send a notification to whoever is waiting for it by then."""
+    await wait_all_tasks_blocked()
+    onlooker.do("NOTIFY news")
+
+
 @pytest.mark.parametrize("reset", ["rollback", "session"])
-async def test_a_generator_that_somebody_keeps_costs_the_connection(dsn: str, reset: str) -> None:
+async def test_a_generator_that_somebody_keeps_costs_the_connection(
+    dsn: str, onlooker: Onlooker, reset: str
+) -> None:
     """Nobody is given a connection whose lock another task still holds."""
     async with a_pool(dsn, reset=reset, reset_timeout=0.2, autocommit=True) as pool:
         async with pool.worker() as connection:
             backend = connection.info.backend_pid
             await connection.execute("LISTEN news")
-            await connection.execute("NOTIFY news")
             kept = connection.notifies()
-            await kept.__anext__()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(notify, onlooker)
+                await kept.__anext__()
         async with pool.worker() as connection:
             with trio.fail_after(5):
                 assert await ask(connection, "SELECT pg_backend_pid()") != backend
@@ -541,15 +551,18 @@ async def test_a_generator_that_somebody_keeps_costs_the_connection(dsn: str, re
 
 
 @pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
-async def test_a_generator_left_to_the_garbage_collector_costs_nothing(dsn: str) -> None:
+async def test_a_generator_left_to_the_garbage_collector_costs_nothing(
+    dsn: str, onlooker: Onlooker
+) -> None:
     """The end of a connection's last use is waited for, in its host."""
     async with a_pool(dsn, autocommit=True) as pool:
         async with pool.worker() as connection:
             backend = connection.info.backend_pid
             await connection.execute("LISTEN news")
-            await connection.execute("NOTIFY news")
-            async for _ in connection.notifies():
-                break
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(notify, onlooker)
+                async for _ in connection.notifies():
+                    break
         async with pool.worker() as connection:
             assert await ask(connection, "SELECT pg_backend_pid()") == backend
 

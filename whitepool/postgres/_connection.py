@@ -187,6 +187,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """
         if self._has_ended_already(gen):
             gen.close()
+            await checkpoint_if_cancelled()  # the block is being left
             raise errors.QueryCanceled("the COPY has ended: a cancellation came between")
         socket = self.pgconn.socket
         limit = timeout if timeout is not None else interval
