@@ -157,6 +157,14 @@ async def test_the_default_timeout(autojump_clock: trio.testing.MockClock) -> No
         assert trio.current_time() == pytest.approx(5)
 
 
+async def test_the_shortest_timeout_there_is(autojump_clock: trio.testing.MockClock) -> None:
+    """One tick of the clock, of which no share can be told any more."""
+    async with pool(pool_size=1) as session, session.worker():
+        await trio.sleep(1e4)
+        with pytest.raises(whitepool.CheckoutTimeout):
+            await session.block_checkout(timeout=math.ulp(trio.current_time()))
+
+
 async def test_many_timeouts(autojump_clock: trio.testing.MockClock) -> None:
     """Every waiter has its own deadline, in whatever order they come; one is served in between."""
     async with pool(pool_size=1) as session:

@@ -142,7 +142,9 @@ class Line(Generic[T]):
         else:
             flowed = self._served > served
             self.waiters[task] = (number, since, timeout, self._joined, self._served, flowed)
-            next_look = min(now + self._period * timeout, since + timeout)
+            next_look = now + self._period * timeout
+            if not now < next_look < since + timeout:  # nor so soon that it is no later
+                next_look = since + timeout
             heappush(self._appointments, (next_look, number, task))
 
     def _waits(self, entry: tuple[float, int, Task]) -> bool:

@@ -482,13 +482,12 @@ async def stream(conn: Connection, dsn: str) -> object:
 async def stream_in_chunks(conn: Connection, dsn: str) -> object:
     """stream with a size fetches chunks, and still yields row by row."""
     cursor = conn.cursor()
-    query = "SELECT generate_series(1, 1000)"
-    found = [row async for row in cursor.stream(query, size=7)]
-    async with closing(cursor.stream(query, size=7)) as stream:
+    found = [row async for row in cursor.stream("SELECT generate_series(1, 1000)", size=7)]
+    async with closing(cursor.stream("SELECT generate_series(1, 10000000)", size=7)) as stream:
         async for row in stream:
             if row[0] == 20:
                 break
-    return [found, state(conn), await rows(conn)]
+    return [found, state(conn), await attempt(rows(conn))]
 
 
 @scenario
