@@ -13,16 +13,13 @@ served. What is left to ask is whether it `stands`. So the callers' timeouts are
 
 from __future__ import annotations
 
-import math
-
 
 def stands(flowed: bool, joined: int, served: int) -> bool:
     """Say whether a line stands that so many joined in a period in which so many were served.
 
-    Then it is long because too much is asked, and will be as long when everybody now in it has gone.
-    A line that drains does not stand, and what might be chance (the difference of two counts is
-    uncertain by the root of their sum) is not taken for more. Neither does one stand where nobody is
-    served at all: sending somebody away would help nobody. After a stall it takes one more period to
-    tell, as the first may have been stalled for most of it: in that before, it must have `flowed`.
+    Then it is long because too much is asked, and will be longer when everybody now in it has gone.
+    A line that drains does not stand, and neither does one where nobody is served at all: sending
+    somebody away would help nobody. After a stall it takes one more period to tell, as the first may
+    have been stalled for most of it: in that before, it must have `flowed`.
     """
-    return flowed and served > 0 and joined - served >= math.sqrt(joined + served)
+    return flowed and joined > served > 0

@@ -121,9 +121,9 @@ class Session(Generic[T]):
     async def nonblock_checkout(self) -> Resource[T]:
         """Check out a worker without queueing: an idle one, or a new one within the overflow.
 
-        It waits for nobody to return a worker, but for a new one to open, or one to be reset. Raises
-        `PoolFull` where clients hold every worker that may exist, `PoolStartError` where the new one
-        could not be started, and `PoolClosed`.
+        It waits for nobody to return a worker, but for what the pool itself is at: opening one,
+        resetting one, or closing one to make room. Raises `PoolFull` where clients hold every worker
+        that may exist, `PoolStartError` where a new one could not be started, and `PoolClosed`.
         """
         await call(self._before_acquire)
         await checkpoint_if_cancelled()

@@ -35,7 +35,7 @@ from .._done import DONE, Done
 from .._manager import WorkerManager
 from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
 from ._connecting import all_failed, connect_once, has_names_to_resolve
-from ._waiting import BUSY_TIME, drive, poll, ready_now
+from ._waiting import drive, poll, ready_now
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,6 +47,9 @@ _COPYING_IN = (generators.copy_to.__code__, generators.copy_end.__code__)
 
 # The connection on which the current task has no use for operations that do not succeed.
 _expendable: ContextVar[TrioConnection[Any] | None] = ContextVar("expendable", default=None)
+
+BUSY_TIME = 0.0001
+"""Seconds for which operations that never have to wait, on one connection, may keep the event loop."""
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
@@ -217,7 +220,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             raise
 
     async def _checkpoint(self) -> None:
-        """Give way to others, once a millisecond, after operations that did not have to wait.
+        """Give way to others, from time to time, after operations that did not have to wait.
 
         It is too late to cancel one, unless it is one of many: in a stream, a copy or a pipeline.
         """
