@@ -58,7 +58,7 @@ class Line(Generic[T]):
         self.waiters: OrderedDict[Task, Waiter] = OrderedDict()
         """The line. The first waits the longest."""
         self.not_queueing: set[Task] = set()
-        """Those in line that wait for a start, not for a return (`Session.nonblock_checkout`)."""
+        """Those in line that wait for the pool, not for a client (`Session.nonblock_checkout`)."""
         self._refusal = refusal
         self._left_unserved = left_unserved
         self._joined = 0

@@ -134,7 +134,7 @@ class Session(Generic[T]):
         else:
             if self._supervisor.is_full():
                 await cancel_shielded_checkpoint()
-                raise PoolFull(f"{self.name}: every worker is out, and no further one may be started")
+                raise PoolFull(f"{self.name}: clients hold every worker that may exist")
             self._supervisor.one_is_lacking()
             task = trio.lowlevel.current_task()
             self._line.not_queueing.add(task)

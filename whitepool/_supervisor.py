@@ -283,7 +283,7 @@ class Supervisor(Generic[T]):
             self._final_error = error
             self._opened.set()
             self.drain()
-        # Those who wait for a start, and for whom there is none any more.
+        # Those who do not wait for clients, and for whom nothing else is on the way any more.
         on_the_way = self._starting + self._in_host
         for task in list(self.line.waiters) if self.line.not_queueing else ():
             if on_the_way > 0 or task not in self.line.not_queueing:

@@ -49,7 +49,8 @@ _COPYING_IN = (generators.copy_to.__code__, generators.copy_end.__code__)
 _expendable: ContextVar[TrioConnection[Any] | None] = ContextVar("expendable", default=None)
 
 BUSY_TIME = 0.0001
-"""Seconds for which operations that never have to wait, on one connection, may keep the event loop."""
+"""Seconds for which operations that never have to wait, on one connection, may keep the event loop.
+That is not long, as many connections may be read at once, and each has its turn."""
 
 CLEANUP_TIMEOUT = 5.0
 """Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
