@@ -18,10 +18,10 @@ from trio.lowlevel import (
     enable_ki_protection,
 )
 
-from ._done import DONE, Done
 from ._errors import NotCheckedOut, PoolClosed, PoolFull
 from ._hooks import call, call_now
 from ._options import check_seconds
+from ._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._statistics import PoolStatistics
 from ._supervisor import LOOK_AGAIN_AFTER, Supervisor
 from ._worker import Place, Worker
@@ -76,8 +76,7 @@ class Session(Generic[T]):
         self._now = supervisor.now
         self._before_acquire = supervisor.options.hooks.before_acquire
         self._on_checkout = supervisor.options.hooks.on_checkout
-        # In real time, not in that of a test's clock, which may stand still.
-        self._busy_until = -math.inf
+        self._time_slice = TimeSlice(BUSY_TIME)
         self._trio_token = trio.lowlevel.current_trio_token()
 
     @property
@@ -104,8 +103,8 @@ class Session(Generic[T]):
         await checkpoint_if_cancelled()
         resource = self._take_idle()
         if resource is not None:
-            if perf_counter() > self._busy_until:
-                await self._give_way()
+            if perf_counter() > self._time_slice.ends:
+                await self._yield_to_others()
         else:
             supervisor = self._supervisor
             if len(self._line.waiters) >= supervisor.options.max_waiting and supervisor.is_full():
@@ -129,8 +128,8 @@ class Session(Generic[T]):
         await checkpoint_if_cancelled()
         resource = self._take_idle()
         if resource is not None:
-            if perf_counter() > self._busy_until:
-                await self._give_way()
+            if perf_counter() > self._time_slice.ends:
+                await self._yield_to_others()
         else:
             if self._supervisor.is_full():
                 await cancel_shielded_checkpoint()
@@ -171,10 +170,10 @@ class Session(Generic[T]):
                 return self._receipt(worker)
         return None
 
-    async def _give_way(self) -> None:
+    async def _yield_to_others(self) -> None:
         """Let other tasks run. It is too late to be cancelled."""
         await cancel_shielded_checkpoint()
-        self._busy_until = perf_counter() + BUSY_TIME
+        self._time_slice.restart()
 
     def _receipt(self, worker: Worker[T]) -> Resource[T]:
         self._counts["checkouts"] += 1
@@ -283,11 +282,11 @@ class _Lease(AbstractAsyncContextManager[T]):
         return self._resource.get()
 
     @enable_ki_protection
-    def __aexit__(  # type: ignore[override]  # a plain function, see `Done`
+    def __aexit__(  # type: ignore[override]  # a plain function, see `NoopAwaitable`
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Done:
+    ) -> NoopAwaitable:
         self._session.checkin(self._resource)
-        return DONE
+        return NOOP

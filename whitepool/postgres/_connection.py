@@ -11,7 +11,6 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,8 +30,8 @@ from psycopg.transaction import AsyncTransaction
 from psycopg.waiting import Wait
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, enable_ki_protection
 
-from .._done import DONE, Done
 from .._manager import WorkerManager
+from .._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
 from ._connecting import all_failed, connect_once, has_names_to_resolve
 from ._waiting import drive, poll, ready_now
@@ -78,9 +77,9 @@ class Lock:
             await self._free.acquire()
 
     @enable_ki_protection
-    def __aexit__(self, *_: object) -> Done:
+    def __aexit__(self, *_: object) -> NoopAwaitable:
         self._free.release()
-        return DONE
+        return NOOP
 
 
 def _skip_results(pgconn: pq.abc.PGconn) -> PQGen[None]:
@@ -121,7 +120,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         super().__init__(pgconn)
         self.server_cursor_factory = TrioServerCursor
         self._copy_was_ended = False
-        self._busy_until = -math.inf
+        self._time_slice = TimeSlice(BUSY_TIME)
         if row_factory is not None:
             self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
@@ -226,9 +225,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         It is too late to cancel one, unless it is one of many: in a stream, a copy or a pipeline.
         """
         is_one_of_many = self.pgconn.transaction_status == _ACTIVE
-        if perf_counter() > self._busy_until:
+        if self._time_slice.is_over():
             await (trio.lowlevel.checkpoint if is_one_of_many else cancel_shielded_checkpoint)()
-            self._busy_until = perf_counter() + BUSY_TIME
+            self._time_slice.restart()
         elif is_one_of_many:
             await checkpoint_if_cancelled()
 

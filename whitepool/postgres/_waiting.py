@@ -11,13 +11,14 @@ import select
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from time import perf_counter
 
 import trio
 from psycopg import pq
 from psycopg.abc import RV, PQGen
 from psycopg.waiting import Ready, Wait
 from trio.lowlevel import cancel_shielded_checkpoint, wait_readable, wait_writable
+
+from .._scheduling import TimeSlice
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -44,7 +45,7 @@ async def drive(
         await checkpoint()
         return end.value  # type: ignore[no-any-return]  # StopIteration is not generic
     yielded = False
-    busy_until = 0.0
+    time_slice: TimeSlice | None = None
     try:
         while True:
             if wanted == Wait.R:
@@ -53,12 +54,13 @@ async def drive(
             else:
                 # A socket is nearly always ready for writing, and a pipeline asks for each command.
                 ready = ready_now(socket, wanted)
-                now = perf_counter()
-                if not busy_until:
-                    busy_until = now + BUSY_TIME
-                if not ready or now > busy_until:
+                if time_slice is None:
+                    time_slice = TimeSlice(BUSY_TIME)
+                    time_slice.restart()
+                if not ready or time_slice.is_over():
                     ready = await _wait_either(socket, wanted)
-                    yielded, busy_until = True, 0.0
+                    yielded = True
+                    time_slice.restart()
             wanted = generator.send(ready)
     except StopIteration as end:
         if not yielded:
