@@ -24,7 +24,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from workshop import Tool, Workshop, check_books
 
 import whitepool
-from whitepool._worker import Worker
+from whitepool._worker_task import WorkerTask
 from whitepool.postgres import TrioConnection, connect, open_pool
 
 BOUND = 15
@@ -227,24 +227,24 @@ def test_ctrl_c_during_closing() -> None:
     assert "Group" not in error
 
 
-async def while_a_worker_is_let_go(times: str) -> None:
+async def while_a_worker_is_evicted(times: str) -> None:
     """Ctrl-C comes at the worst moment, and the user is impatient; one worker is out."""
     shop = Workshop()
-    leave = Worker.leave
+    close = WorkerTask.close
     pressed = 0
 
-    def leave_interrupted(worker: Worker[Any], opened: bool) -> None:
+    def close_interrupted(task: WorkerTask[Any], *, is_open: bool) -> None:
         nonlocal pressed
         if pressed < int(times):
             pressed += 1
             signal.raise_signal(signal.SIGINT)
-        leave(worker, opened)
+        close(task, is_open=is_open)
 
     session = None
     try:
         async with whitepool.open_pool(shop.make, pool_size=4) as session:
             resource = await session.block_checkout()
-            Worker.leave = leave_interrupted  # type: ignore[assignment, method-assign]
+            WorkerTask.close = close_interrupted  # type: ignore[assignment, method-assign]
     finally:
         assert session is not None
         now = session.statistics()
@@ -254,9 +254,9 @@ async def while_a_worker_is_let_go(times: str) -> None:
 
 
 @pytest.mark.parametrize("times", ["1", "4"])
-def test_ctrl_c_while_a_worker_is_let_go(times: str) -> None:
-    """Wherever it strikes, the pool lets go of all of them, and the program ends."""
-    code, out, error = run("while_a_worker_is_let_go", times)
+def test_ctrl_c_while_a_worker_is_evicted(times: str) -> None:
+    """Wherever it strikes, the pool closes all of them, and the program ends."""
+    code, out, error = run("while_a_worker_is_evicted", times)
     assert (code, out) == (-signal.SIGINT, "closed, 0 left open\n"), error
 
 

@@ -289,7 +289,7 @@ async def test_a_dead_server_has_little_to_say(
         await trio.sleep(60)
         messages = [record.message for record in caplog.records]
         assert messages[0].startswith("worker_lost pool=mine reason=crashed error=the background")
-        assert messages[1].startswith("start_failed pool=mine error=connection refused untold=")
+        assert messages[1].startswith("start_failed pool=mine error=connection refused suppressed=")
         assert len(messages) <= 61
         caplog.clear()
         shop.before_open = Workshop().before_open

@@ -112,7 +112,7 @@ async def test_a_mock_is_a_worker_too(kind: type[Mock]) -> None:
     """What it has for a descriptor is not watched."""
     make: Callable[[], Awaitable[Any]] = AsyncMock(side_effect=kind)
     async with whitepool.open_pool(make, pool_size=1) as session:
-        assert not session._supervisor._watch.watched
+        assert not session._supervisor._hangups.watched
         resource = await session.block_checkout()
         worker = resource.get()
         session.checkin(resource)

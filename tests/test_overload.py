@@ -13,7 +13,7 @@ import trio.testing
 from workshop import Tool, Workshop, check_books
 
 import whitepool
-from whitepool._overload import stands
+from whitepool._overload import Look, is_growing
 
 Clock = trio.testing.MockClock
 SERVICE, DEADLINE, WORKERS = 0.02, 0.25, 5
@@ -107,7 +107,7 @@ async def test_a_burst_is_served_whole(timeout: float, autojump_clock: Clock) ->
             for number in range(10_000):
                 nursery.start_soon(request, session, number)
             await trio.testing.wait_all_tasks_blocked()
-            order = list(session._line.waiters)
+            order = list(session._queue.waiters)
             for resource in resources:
                 session.checkin(resource)
         assert len(served) == len(order) == 10_000
@@ -225,8 +225,9 @@ async def test_few_that_are_served_tell_little(autojump_clock: Clock) -> None:
 
 def test_what_stands() -> None:
     """More joined than were served; and of those there were some."""
-    assert stands(True, joined=20, served=10)
-    assert not stands(True, joined=10, served=20)
-    assert not stands(True, joined=10, served=10)
-    assert not stands(True, joined=20, served=0)  # nobody was served
-    assert not stands(False, joined=20, served=10)  # nor was anybody in the period before
+    then = Look(joined=100, served=50, served_before=True)
+    assert is_growing(then, joined=120, served=60)
+    assert not is_growing(then, joined=110, served=70)
+    assert not is_growing(then, joined=110, served=60)
+    assert not is_growing(then, joined=120, served=50)  # no task was served
+    assert not is_growing(then._replace(served_before=False), joined=120, served=60)

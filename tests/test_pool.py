@@ -13,7 +13,7 @@ import trio.testing
 from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
-from whitepool._options import Options, PoolOptions
+from whitepool._options import Options
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
@@ -74,11 +74,6 @@ def test_a_factory_must_be_callable() -> None:
     """The object itself instead of a factory is the commonest mistake."""
     with pytest.raises(TypeError, match="factory must be callable"):
         whitepool.Pool(object())  # type: ignore[arg-type]
-
-
-def test_the_typed_options_are_the_options() -> None:
-    """What type checkers allow is what there is."""
-    assert set(PoolOptions.__annotations__) == set(Options.__dataclass_fields__)
 
 
 def test_names_are_generated() -> None:

@@ -10,11 +10,13 @@ import importlib
 import inspect
 import pkgutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, get_args, get_origin
 
+import pytest
+
 import whitepool
-from whitepool._options import Options, PoolOptions
+from whitepool._options import Options
 
 PUBLIC = """\
 # whitepool
@@ -30,7 +32,8 @@ class Hooks
     on_destroy
 class NotCheckedOut(PoolError)
 class Pool
-    def __init__(factory, **options)
+    def __init__(factory, *, <the options>)
+    factory
     async def run_service(*, task_status=TASK_STATUS_IGNORED)
 class PoolClosed(PoolError)
 class PoolError(Exception)
@@ -81,7 +84,7 @@ class WorkerManager
     def lifespan()
     def needs_reset(worker)
     async def reset(worker)
-def open_pool(factory, **options)
+def open_pool(factory, *, <the options>)
 # whitepool.live
 class PoolView
     def __init__(*sessions, events=5)
@@ -127,7 +130,8 @@ shutdown_timeout = 30.0
 max_starting = 4
 max_waiting = inf
 patience = 0.4
-hooks = <factory>
+hooks = Hooks(on_create=None, before_acquire=None, on_checkout=None, on_checkin=None,
+            after_release=None, on_destroy=None)
 """
 
 MADE_BY_THE_POOL = (whitepool.PoolStatistics, whitepool.Resource, whitepool.Session)
@@ -149,13 +153,18 @@ def describe(name: str, thing: Any) -> Iterator[str]:
         for member_name, member in sorted(members(thing).items()):
             yield from ("    " + line for line in describe(member_name, member))
     elif inspect.isfunction(thing) or inspect.ismethod(thing):
+        options = inspect.signature(Options).parameters
+        every = inspect.signature(thing).parameters
         parameters = [
             parameter.replace(annotation=parameter.empty)
-            for parameter in inspect.signature(thing).parameters.values()
-            if parameter.name not in ("self", "cls")
+            for parameter in every.values()
+            if parameter.name not in ("self", "cls") and parameter.name not in options
         ]
         keyword = "async def" if inspect.iscoroutinefunction(thing) else "def"
-        yield f"{keyword} {name}{inspect.Signature(parameters)}"
+        signature = str(inspect.Signature(parameters))
+        if options.keys() <= every.keys():
+            signature = signature.replace(")", ", *, <the options>)")
+        yield f"{keyword} {name}{signature}"
     elif get_origin(thing) is not None:
         yield f"{name} = {' | '.join(get_args(thing))}"
     else:
@@ -175,10 +184,14 @@ def public_bases(cls: type) -> Iterator[type]:
 
 
 def members(cls: type) -> dict[str, Any]:
-    """Return what a class has of its own, and of bases that are private rooms of ours."""
+    """Return what a class has of its own, and of bases that are private rooms of ours.
+
+    The options are listed by themselves.
+    """
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
-        if base is cls or (is_private(base) and base.__module__.startswith("whitepool.")):
+        is_ours = is_private(base) and base.__module__.startswith("whitepool.")
+        if base is cls or (is_ours and base is not Options):
             found.update(dict.fromkeys(vars(base).get("__annotations__", ())))
             found.update(vars(base))
     return {
@@ -205,11 +218,18 @@ def test_everything_public() -> None:
 
 
 def test_options() -> None:
-    """The keywords of `open_pool` and `Pool`, with their defaults; type checkers know them all."""
+    """The keywords of `open_pool` and `Pool`, with their defaults."""
     options = inspect.signature(Options).parameters.values()
     lines = [f"{option.name} = {option.default}" for option in options]
     assert wrapped(lines) == OPTIONS
-    assert list(PoolOptions.__annotations__) == [option.name for option in options]
+
+
+@pytest.mark.parametrize("function", [whitepool.Pool, whitepool.open_pool])
+def test_help_shows_every_option(function: Callable[..., object]) -> None:
+    """With its type and its default; and so does an editor."""
+    signature = inspect.signature(function).parameters
+    for option in inspect.signature(Options).parameters.values():
+        assert signature[option.name] == option
 
 
 def test_things_say_where_they_are_imported_from() -> None:

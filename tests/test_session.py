@@ -406,7 +406,8 @@ async def test_a_checkout_in_a_cancelled_scope_takes_nothing() -> None:
 async def test_every_checkout_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that fails; but those that find an idle worker let others run only now and then."""
     time = 0.0
-    monkeypatch.setattr("whitepool._session.perf_counter", lambda: time)
+    for room in ("_session", "_scheduling"):
+        monkeypatch.setattr(f"whitepool.{room}.perf_counter", lambda: time)
 
     async with pool(pool_size=1) as session:
         with trio.testing.assert_checkpoints():

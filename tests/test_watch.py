@@ -15,7 +15,7 @@ import trio
 from workshop import check_books
 
 import whitepool
-from whitepool._watch import HangupWatch
+from whitepool._hangup import HangupWatch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
 

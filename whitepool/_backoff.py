@@ -1,51 +1,87 @@
-"""When a failed start may be tried again."""
+"""When a failed start may be tried again, and when workers that die young count as failed starts."""
 
 from __future__ import annotations
 
 import math
 import random
 
-FIRST = 0.05
-# Seconds. As the longest pause is below one, a pool is whole again within a second of the moment its
-# server accepts connections.
-LONGEST = 0.8
+FIRST_BOUND = 0.05
+"""Seconds. The first pause is at most this long."""
+
+LONGEST_BOUND = 0.8
+"""Seconds. As no pause is longer, a pool is whole again within a second of the moment in which its
+server accepts connections."""
+
+FAILURE_RESET_AFTER = 5.0
+"""Seconds without a failure after which the next one counts as the first again."""
+
+EARLY_DEATH_WINDOW = 1.0
+"""Seconds. A worker that dies sooner after it was opened has died early."""
 
 
-CALM = 5.0
-"""Seconds without a failure after which the next one is a first one again."""
+def longest_pause(failures: int) -> float:
+    """Return the bound of the pause that follows so many failures in a row: each doubles it."""
+    # The exponent is bounded too: 2.0 ** 1024 overflows, after a quarter of an hour of failures.
+    return min(LONGEST_BOUND, FIRST_BOUND * 2.0 ** min(failures - 1, 10))
 
 
 class Backoff:
     """Exponential backoff with full jitter, shared by all starts of a pool.
 
-    Full jitter (Brooker, "Exponential Backoff and Jitter", 2015): the pause is drawn between zero
-    and a bound that doubles with each failure, so that many pools do not knock in step.
+    Full jitter (Brooker, "Exponential Backoff and Jitter", 2015) draws each pause between zero and its
+    bound, so that many pools do not try in step.
     """
 
     def __init__(self) -> None:
         self.last_error: Exception | None = None
-        """Why the last start failed; None once a start has succeeded."""
+        """Why the last start failed. None once a start has succeeded."""
         self.retry_at = -math.inf
         """No start before this time."""
         self.failures = 0
-        """Failures in a row; those of starts that were under way together are one."""
+        """Failures in a row. Those of starts that were under way together count as one."""
         self._last_failure = -math.inf
 
     def succeeded(self) -> None:
-        """Note that a start has succeeded: others need not wait."""
+        """Note that a start has succeeded: the others need not wait."""
         self.last_error = None
         self.retry_at = -math.inf
 
     def failed(self, error: Exception, *, begun: float, now: float) -> None:
         """Note that a start which began at the time `begun` has failed."""
         self.last_error = error
+        # It was under way when another one failed, so the server has not refused once more.
         if begun < self._last_failure:
-            return  # it was under way when another failed: the same wave, not a further refusal
-        # Successes between them do not count: a server may take connections only to drop them.
-        if now > self._last_failure + CALM:
+            return
+        # A success in between changes nothing: a server may take connections only to drop them.
+        if now > self._last_failure + FAILURE_RESET_AFTER:
             self.failures = 0
         self._last_failure = now
-        # The exponent is bounded too: 2.0 ** 1024 overflows, after a quarter of an hour.
-        bound = min(LONGEST, FIRST * 2.0 ** min(self.failures, 10))
         self.failures += 1
-        self.retry_at = now + random.uniform(0, bound)
+        self.retry_at = now + random.uniform(0, longest_pause(self.failures))
+
+
+class EarlyDeaths:
+    """Tells a few workers that died early by accident from a server whose workers never last.
+
+    Args:
+      most: how many early deaths may be accidents: one for each worker that the pool may have.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+        self._last = -math.inf
+
+    def too_many(self, *, opened_at: float, now: float) -> bool:
+        """Count the death of a worker where it is early; say whether there have been too many.
+
+        Beyond `most` without a pause of `FAILURE_RESET_AFTER`, it is the successors of those that died
+        early which die early as well.
+        """
+        if now >= opened_at + EARLY_DEATH_WINDOW:
+            return False
+        if now > self._last + FAILURE_RESET_AFTER:
+            self._count = 0
+        self._last = now
+        self._count += 1
+        return self._count > self._most

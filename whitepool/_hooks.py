@@ -1,4 +1,4 @@
-"""Where an application may look in on the life of its workers."""
+"""Functions of the application that the pool calls in the life of a worker; why a worker left."""
 
 from __future__ import annotations
 
@@ -21,26 +21,10 @@ Reason = Literal[
     "hook_failed",
     "leaked",
 ]
-"""Why a worker left. Retired in good health: ``"overflow"`` (beyond `pool_size`, and nobody wanted
-it), ``"idle"``, ``"lifetime"``, ``"shutdown"``. Lost: ``"crashed"`` (a background task of it),
+"""Why a worker left. Retired in good health: ``"overflow"`` (beyond `pool_size`, and not needed),
+``"idle"``, ``"lifetime"``, ``"shutdown"``. Lost: ``"crashed"`` (a background task of the worker),
 ``"hung_up"`` (its peer did), ``"check_failed"``, ``"dead"`` (`WorkerManager.is_alive` said so).
 Destroyed: ``"destroyed"`` (by a client), ``"reset_failed"``, ``"hook_failed"``. And ``"leaked"``."""
-
-COUNTED_AS: dict[Reason, str] = {
-    "overflow": "retired",
-    "idle": "retired",
-    "lifetime": "retired",
-    "shutdown": "retired",
-    "crashed": "lost",
-    "hung_up": "lost",
-    "check_failed": "lost",
-    "dead": "lost",
-    "destroyed": "destroyed",
-    "reset_failed": "destroyed",
-    "hook_failed": "destroyed",
-    "leaked": "leaked",
-}
-"""The statistic in which a departure is counted."""
 
 Hook = Union[Callable[..., None], Callable[..., Awaitable[None]]]
 
@@ -49,12 +33,12 @@ Hook = Union[Callable[..., None], Callable[..., Awaitable[None]]]
 class Hooks:
     """Functions that the pool calls in the life of a worker, each plain or async.
 
-    Those of the caller run in the task that checks out. The others run in the worker's host, and
-    take part in its timeouts.
+    `before_acquire` and `on_checkout` run in the task that checks out, without a timeout of the pool's.
+    The others run in the worker's own task, and take part in its timeouts.
     """
 
     on_create: Hook | None = None
-    """Called with each new worker, in its host. One that raises makes it a failed start."""
+    """Called with each new worker, in its own task. One that raises makes it a failed start."""
 
     before_acquire: Hook | None = None
     """Called without arguments before each checkout, in the caller's task. One that raises, raises
@@ -65,16 +49,16 @@ class Hooks:
     cancelled, returns the worker to the pool, and raises to the caller."""
 
     on_checkin: Hook | None = None
-    """Called with each returned worker, in its host, before it is reset; within `reset_timeout`.
+    """Called with each returned worker, in its own task, before it is reset; within `reset_timeout`.
     One that raises destroys the worker."""
 
     after_release: Hook | None = None
-    """Called without arguments when a returned worker may be used again, in its host, within
+    """Called without arguments when a returned worker may be used again, in the worker's task, within
     `reset_timeout`. One that raises is logged."""
 
     on_destroy: Hook | None = None
-    """Called with the `Reason` when a worker has been closed, in its host, within `close_timeout`.
-    One that raises is logged."""
+    """Called with the `Reason` when a worker has been closed, in the worker's task, within
+    `close_timeout`. One that raises is logged."""
 
     def __post_init__(self) -> None:
         for hook in fields(self):

@@ -1,4 +1,4 @@
-"""Events for whoever runs the pool: structlog in front, the standard logger ``whitepool`` behind."""
+"""Events for the operators of a pool: structlog in front, the standard logger ``whitepool`` behind."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
 )
 
 
-class Troubles:
-    """A pool's voice for its troubles, at most one in a second: a dead server has a lot to say."""
+class ThrottledLog:
+    """Warnings of one pool, at most one in a second: a server that is down causes hundreds."""
 
     def __init__(self, pool: str) -> None:
         self._pool = pool
         self._last = -math.inf
-        self._untold = 0
+        self._suppressed = 0
 
-    def tell(self, event: str, **keys: object) -> None:
+    def warning(self, event: str, **keys: object) -> None:
+        """Log an event, unless the last one is not a second ago. The next one then counts it."""
         now = trio.current_time()
         if now - self._last < 1:
-            self._untold += 1
+            self._suppressed += 1
             return
-        if self._untold:
-            keys["untold"] = self._untold
+        if self._suppressed:
+            keys["suppressed"] = self._suppressed
         log.warning(event, pool=self._pool, **keys)
         self._last = now
-        self._untold = 0
+        self._suppressed = 0

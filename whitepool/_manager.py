@@ -16,7 +16,8 @@ from ._errors import PoolStartError
 T = TypeVar("T")
 
 close_timeout: ContextVar[float] = ContextVar("close_timeout", default=5.0)
-"""Seconds for closing a worker of the pool whose host this is."""
+"""Seconds for closing a worker, in each worker task. A context variable, because `lifespan` may be the
+user's own, and takes no arguments."""
 
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
@@ -24,8 +25,8 @@ Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextMan
 class WorkerManager(Generic[T]):
     """How to treat one kind of worker. Implement `create`; every other method has a default.
 
-    The asynchronous methods run in the worker's own task, its host. The others are called wherever
-    a worker changes hands: they must be quick, and must do no I/O.
+    The asynchronous methods run in the worker's own task. The others are called whenever a worker
+    changes hands: they must be quick, and must do no I/O.
     """
 
     async def create(self) -> T:
@@ -53,16 +54,16 @@ class WorkerManager(Generic[T]):
         return False
 
     async def reset(self, worker: T) -> None:
-        """Make a returned worker as good as new. One that can't be reset raises, and is destroyed."""
+        """Make a returned worker as good as new. Where this raises, the worker is destroyed."""
 
     async def check(self, worker: T) -> None:
-        """Ask an idle worker for a sign of life. One that has none raises, and is replaced."""
+        """Ask an idle worker for a sign of life. Where this raises, the worker is replaced."""
 
     def fileno(self, worker: T) -> int | None:
         """Return the file descriptor of the worker's connection to its peer, to be watched.
 
-        Default: what its own ``fileno()``, or that of its ``socket``, says. None: there is nothing
-        to watch.
+        Default: what its own ``fileno()`` returns, or that of its ``socket``. None: there is nothing to
+        watch.
         """
         for thing in (worker, getattr(worker, "socket", None)):
             fileno = getattr(thing, "fileno", None)
@@ -70,7 +71,7 @@ class WorkerManager(Generic[T]):
                 try:
                     number = fileno()
                 except (OSError, ValueError):
-                    return None  # it is none of the kind that has one
+                    return None  # it has the method, but no descriptor behind it
                 return number if isinstance(number, int) else None
         return None
 
@@ -78,8 +79,8 @@ class WorkerManager(Generic[T]):
     async def lifespan(self) -> AsyncIterator[T]:
         """Yield a worker, from `create` to `close`.
 
-        Override it for workers that need a nursery of their own. It is entered and left in the
-        worker's host; when a background task of it crashes, the worker is taken for dead.
+        Override it for workers that need a nursery of their own. It is entered and left in the worker's
+        own task. When one of its background tasks crashes, the worker is replaced.
         """
         worker = await self.create()
         try:
@@ -98,7 +99,7 @@ class FactoryManager(WorkerManager[T]):
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[T]:
         made: object = self._factory()
-        # Asked first: some objects can be awaited as well, but only the context manager knows how
+        # This comes first: some objects can be awaited as well, but only the context manager knows how
         # to close what it opened.
         if hasattr(made, "__aenter__") and hasattr(made, "__aexit__"):
             async with cast("AbstractAsyncContextManager[T]", made) as worker:
@@ -120,8 +121,8 @@ class FactoryManager(WorkerManager[T]):
 def _closing() -> trio.CancelScope:
     """Make a scope for closing a worker.
 
-    The host bounds it. Only where opening the worker was given up, or something of its own has crashed,
-    everything around it has been cancelled already.
+    The worker task bounds the time. Only where opening the worker was given up, or where one of its own
+    tasks has crashed, everything around it has been cancelled already, and it needs a scope of its own.
     """
     if trio.current_effective_deadline() > -math.inf:
         return trio.CancelScope()
@@ -131,8 +132,8 @@ def _closing() -> trio.CancelScope:
 def manager_of(worker: T, manager: WorkerManager[T]) -> WorkerManager[T]:
     """Find the manager of a worker: `manager`, unless the worker's class brings its own.
 
-    A class whose objects can be reset, checked and watched says so once and for all with an
-    attribute ``__worker_manager__``, so that a bare factory is enough to pool them.
+    A class brings one in the attribute ``__worker_manager__``. Then its objects are reset, checked and
+    watched also where a bare factory makes them.
     """
     if isinstance(manager, FactoryManager):
         own: WorkerManager[T] | None = getattr(type(worker), "__worker_manager__", None)

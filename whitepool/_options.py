@@ -1,11 +1,11 @@
-"""The options of a pool: their defaults, and what is wrong with a bad one."""
+"""The options of a pool: the one list of their names, types, defaults and meanings."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
-from typing import Literal, TypedDict
+from typing import Literal
 
 from ._hooks import Hooks
 
@@ -13,50 +13,70 @@ _generated = count(1)
 
 Strategy = Literal["lifo", "fifo"]
 
-
-class PoolOptions(TypedDict, total=False):
-    """The keywords of `open_pool` and `Pool`, for type checkers. See `Pool` for their meaning."""
-
-    pool_size: int
-    max_overflow: int
-    strategy: Strategy
-    name: str | None
-    lazy: bool
-    overflow_ttl: float
-    idle_timeout: float
-    max_lifetime: float
-    check_interval: float
-    start_timeout: float
-    reset_timeout: float
-    close_timeout: float
-    shutdown_timeout: float
-    max_starting: int
-    max_waiting: float
-    patience: float
-    hooks: Hooks
+NO_HOOKS = Hooks()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Options:
-    """The same with their defaults, checked."""
+    """The keywords of `Pool` and `open_pool`. Times are seconds, and each may be `math.inf`."""
 
     pool_size: int = 5
+    """Workers kept alive."""
+
     max_overflow: int = 10
+    """Workers started beyond those when all are busy."""
+
     strategy: Strategy = "lifo"
+    """Which idle worker goes first. ``"lifo"`` keeps few of them warm, ``"fifo"`` spreads the use."""
+
     name: str | None = None
+    """Appears in logs, statistics and errors. None: ``"pool-1"`` and so on."""
+
     lazy: bool = False
+    """Start workers at the first need instead of at opening."""
+
     overflow_ttl: float = 10.0
+    """How long an idle overflow worker lingers before it is retired. 0 retires it when it is returned,
+    as poolboy does."""
+
     idle_timeout: float = math.inf
+    """An idle worker that was not used for this long, less up to a tenth by chance, is retired, and
+    replaced unless the pool is lazy."""
+
     max_lifetime: float = math.inf
+    """A worker this old, less up to a tenth by chance, is retired once it is idle. Its replacement is
+    opened first, where there is room."""
+
     check_interval: float = 30.0
+    """An idle worker is probed with `WorkerManager.check` this often, or up to a tenth more often.
+    `math.inf`: never."""
+
     start_timeout: float = 30.0
+    """How long opening the pool may take, retries included, before `PoolStartError`; and how long one
+    attempt to start a worker may take, then and later."""
+
     reset_timeout: float = 5.0
+    """How long one reset, one probe, or one hook in between may take before the worker is destroyed."""
+
     close_timeout: float = 5.0
+    """How long closing one worker may take before it is abandoned; `on_destroy` has as long again."""
+
     shutdown_timeout: float = 30.0
+    """How long `open_pool` waits for workers that are in use at a normal exit."""
+
     max_starting: int = 4
+    """Workers being opened at once."""
+
     max_waiting: float = math.inf
+    """Tasks that may wait for workers that clients hold. One more gets `PoolOverloaded` at once."""
+
     patience: float = 0.4
-    hooks: Hooks = field(default_factory=Hooks)
+    """While the wait queue grows, a task is shed with `PoolOverloaded` once it has waited this share of
+    its own timeout, so that the tasks that are served have time left. 1 turns it off. No task is shed
+    from a queue that drains, nor one with ``timeout=math.inf``."""
+
+    hooks: Hooks = NO_HOOKS
+    """Functions to be called in the life of a worker."""
 
     def __post_init__(self) -> None:
         check_count("pool_size", self.pool_size)

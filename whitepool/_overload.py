@@ -1,25 +1,62 @@
-"""When to send a waiting task away early, so that those who are served have time left.
+"""When a pool refuses a task, or sheds one that waits, because more tasks arrive than it can serve.
 
-First come, first served collapses under overload: everybody waits until their time is nearly up, and
-what they are given comes too late to be of use. Controlled delay (CoDel: Nichols and Jacobson,
-"Controlling Queue Delay", 2012; Elixir's DBConnection queues by it) tells a line that stands from a
-burst that passes, by looking at how long those have waited who are served, not at how many there are.
+First come, first served collapses under overload: each task waits until its time is nearly up, and
+the worker that it then gets comes too late to be of use. Shedding some tasks early leaves the others
+enough of their time. Controlled delay (CoDel: Nichols and Jacobson, "Controlling Queue Delay", 2012;
+Elixir's DBConnection queues by it) decides by how long the tasks have waited that are served now, not
+by how many wait: so it tells a queue that grows from a burst that passes.
 
-Here everybody in line is looked at by the measure of their own timeout: `patience` is the share of it
-that they may have to wait, half of that is a period, and they are looked at after each. Who has waited
-for two periods knows that nobody was served quickly in the second: the line is first come, first
-served. What is left to ask is whether it `stands`. So the callers' timeouts are the only measure.
+Here the measure is each waiter's own timeout. `patience` is the share of it that a task may have to
+wait. Half of that is a period, and the wait queue looks at each waiter after each of its periods. A
+task that has waited for two periods shows that no task was served quickly in the second one, because
+the queue is first come, first served. What is left to ask is whether the queue grows.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
 
-def stands(flowed: bool, joined: int, served: int) -> bool:
-    """Say whether a line stands that so many joined in a period in which so many were served.
 
-    Then it is long because too much is asked, and will be longer when everybody now in it has gone.
-    A line that drains does not stand, and neither does one where nobody is served at all: sending
-    somebody away would help nobody. After a stall it takes one more period to tell, as the first may
-    have been stalled for most of it: in that before, it must have `flowed`.
+class Look(NamedTuple):
+    """What there was to see when the wait queue looked at a waiter."""
+
+    joined: int
+    """How many tasks had ever joined the queue."""
+    served: int
+    """How many of them had been served."""
+    served_before: bool
+    """Whether a task was served in the period that ended with this look."""
+
+
+def period(patience: float) -> float:
+    """Return the share of a waiter's timeout after which to look at it; 1 turns shedding off."""
+    return patience / 2 if patience < 1 else 1
+
+
+def is_growing(then: Look, joined: int, served: int) -> bool:
+    """Say whether the queue grew in the period since the look `then`: waiting longer can't help.
+
+    1. More tasks joined than were served: else the queue drains, and the waiter's turn comes.
+    2. A task was served: else nothing is gained by shedding another.
+    3. A task was served in the period before, too. After a stall it takes one more period to tell, as
+       the stall may have taken up most of the first.
     """
-    return flowed and joined > served > 0
+    return then.served_before and joined - then.joined > served - then.served > 0
+
+
+def next_look(now: float, ends: float, seconds: float) -> float:
+    """Return when to look at a waiter again: after `seconds`, but not later than its time `ends`.
+
+    A period too short for the resolution of the clock counts as the rest of the time.
+    """
+    return now + seconds if now < now + seconds < ends else ends
+
+
+def is_queue_full(waiting: int, max_waiting: float, obtainable: int) -> bool:
+    """Say whether one more waiter would exceed `max_waiting`.
+
+    Only the waiters count that need a client to return a worker. The `obtainable` ones are on their
+    way to the first waiters without that: they are being opened, reset or closed, or may be opened.
+    """
+    return max_waiting != math.inf and waiting >= max(max_waiting, obtainable)

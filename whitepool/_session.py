@@ -9,7 +9,7 @@ import warnings
 from contextlib import AbstractAsyncContextManager
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 from trio.lowlevel import (
@@ -18,13 +18,14 @@ from trio.lowlevel import (
     enable_ki_protection,
 )
 
+from . import _overload as overload
+from ._entry import Entry, State
 from ._errors import NotCheckedOut, PoolClosed, PoolFull
 from ._hooks import call, call_now
 from ._options import check_seconds
 from ._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._statistics import PoolStatistics
-from ._supervisor import LOOK_AGAIN_AFTER, Supervisor
-from ._worker import Place, Worker
+from ._supervisor import ALIVE_BYPASS_WINDOW, Supervisor
 
 T = TypeVar("T")
 
@@ -37,27 +38,27 @@ _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 class Resource(Generic[T]):
     """The receipt for one checked-out worker. Give it back with `Session.checkin`."""
 
-    __slots__ = ("__weakref__", "_session", "_worker")
+    __slots__ = ("__weakref__", "_entry", "_session")
 
-    def __init__(self, session: Session[T], worker: Worker[T]) -> None:
+    def __init__(self, session: Session[T], entry: Entry[T]) -> None:
         self._session = session
-        self._worker: Worker[T] | None = worker
+        self._entry: Entry[T] | None = entry
 
     def get(self) -> T:
         """Return the worker itself. Raises `NotCheckedOut` once the resource has been returned."""
-        if self._worker is None:
+        if self._entry is None:
             raise NotCheckedOut("the resource has been returned: it has no worker any more")
-        return self._worker.obj
+        return self._entry.worker
 
     def __repr__(self) -> str:
-        state = "returned" if self._worker is None else "checked out"
+        state = "returned" if self._entry is None else "checked out"
         return f"<whitepool.Resource of {self._session.name}, {state}>"
 
     def __del__(self) -> None:
         # A forgotten checkin. The garbage collector may run this in any thread, in the middle of
         # anything: it only leaves a note for the pool's own thread.
-        if self._worker is not None:
-            self._session._leaked(self, self._worker)
+        if self._entry is not None:
+            self._session._on_leak(self, self._entry)
 
 
 class Session(Generic[T]):
@@ -65,17 +66,20 @@ class Session(Generic[T]):
 
     Every asynchronous method is a cancellation point, and a cancelled one leaves no trace: either the
     caller has the resource, or the pool has the worker. Each lets other tasks run, but checkouts that
-    find an idle worker do so only once a millisecond: they are followed by work that does. Another
-    thread gets in by `trio.from_thread.run`.
+    find an idle worker do so only once a millisecond, because the work that follows does so anyway.
+    From another thread, call it by `trio.from_thread.run`.
     """
 
     def __init__(self, supervisor: Supervisor[T]) -> None:
         self._supervisor = supervisor
-        self._line = supervisor.line
-        self._counts = supervisor.counts
+        self._roster = supervisor.roster
+        self._idle = supervisor.roster.idle
+        self._queue = supervisor.queue
+        self._counters = supervisor.counters
         self._now = supervisor.now
         self._before_acquire = supervisor.options.hooks.before_acquire
         self._on_checkout = supervisor.options.hooks.on_checkout
+        self._max_waiting = supervisor.options.max_waiting
         self._time_slice = TimeSlice(BUSY_TIME)
         self._trio_token = trio.lowlevel.current_trio_token()
 
@@ -90,70 +94,72 @@ class Session(Generic[T]):
 
     @enable_ki_protection
     async def block_checkout(self, timeout: float = 5.0) -> Resource[T]:
-        """Check out a worker: an idle one, else a new one within the overflow, else by waiting in line.
+        """Check out a worker: an idle one, else a new one within the overflow, else by waiting.
 
-        The line is first come, first served, and nobody overtakes it. Raises `CheckoutTimeout` after
-        `timeout` seconds (`math.inf`: never; 0: unless a worker is idle), `PoolOverloaded` where
-        `max_waiting` tasks are in line already, or earlier than that where the line stands (see
-        `patience` of `Pool`), and `PoolClosed`.
+        The wait queue is first come, first served, and no newcomer overtakes a waiter. Raises
+        `CheckoutTimeout` after `timeout` seconds (`math.inf`: never; 0: unless a worker is idle),
+        `PoolOverloaded` where `max_waiting` tasks wait already, or earlier than `timeout` where the
+        queue grows (see `patience` of `Pool`), and `PoolClosed`.
         """
         check_seconds("timeout", timeout)
         if self._before_acquire is not None:
             await call(self._before_acquire)
         await checkpoint_if_cancelled()
-        resource = self._take_idle()
-        if resource is not None:
+        entry = self._take_idle()
+        if entry is not None:
+            resource = self._hand_out(entry, entry.in_use_since)
             if perf_counter() > self._time_slice.ends:
                 await self._yield_to_others()
         else:
             supervisor = self._supervisor
-            if len(self._line.waiters) >= supervisor.options.max_waiting and supervisor.is_full():
+            if self._max_waiting != math.inf and overload.is_queue_full(
+                len(self._queue.waiters), self._max_waiting, supervisor.obtainable()
+            ):
                 await cancel_shielded_checkpoint()
-                raise supervisor.refusal(early=True)
-            supervisor.one_is_lacking()
-            resource = self._receipt(await self._line.join(timeout))
+                raise supervisor.count_timeout(shed=True)
+            supervisor.request_worker()
+            entry, since = await self._queue.wait(timeout)
+            resource = self._hand_out(entry, since)
         if self._on_checkout is not None:
-            await self._tell_of_checkout(resource)
+            await self._call_on_checkout(resource)
         return resource
 
     @enable_ki_protection
     async def nonblock_checkout(self) -> Resource[T]:
         """Check out a worker without queueing: an idle one, or a new one within the overflow.
 
-        It waits for nobody to return a worker, but for what the pool itself is at: opening one,
-        resetting one, or closing one to make room. Raises `PoolFull` where clients hold every worker
-        that may exist, `PoolStartError` where a new one could not be started, and `PoolClosed`.
+        It does not wait for a client to return a worker, but for what the pool itself is doing: opening
+        one, resetting one, or closing one to make room. Raises `PoolFull` where clients hold every
+        worker that may exist, `PoolStartError` where a new one could not be started, and `PoolClosed`.
         """
         await call(self._before_acquire)
         await checkpoint_if_cancelled()
-        resource = self._take_idle()
-        if resource is not None:
+        entry = self._take_idle()
+        if entry is not None:
+            resource = self._hand_out(entry, entry.in_use_since)
             if perf_counter() > self._time_slice.ends:
                 await self._yield_to_others()
         else:
-            if self._supervisor.is_full():
+            if len(self._queue.waiters) >= self._supervisor.obtainable():
                 await cancel_shielded_checkpoint()
                 raise PoolFull(f"{self.name}: clients hold every worker that may exist")
-            self._supervisor.one_is_lacking()
-            task = trio.lowlevel.current_task()
-            self._line.not_queueing.add(task)
-            try:
-                resource = self._receipt(await self._line.join(math.inf))
-            finally:
-                self._line.not_queueing.discard(task)
-        await self._tell_of_checkout(resource)
+            self._supervisor.request_worker()
+            entry, since = await self._queue.wait_nonblocking()
+            resource = self._hand_out(entry, since)
+        await self._call_on_checkout(resource)
         return resource
 
     @enable_ki_protection
     def checkout_nowait(self) -> Resource[T]:
         """Check out an idle worker, now. Raises `trio.WouldBlock` if none is idle, and `PoolClosed`.
 
-        Raises `TypeError` where a hook of the checkout is async: there is no time for it.
+        Raises `TypeError` where a hook of the checkout is async: there is no time to wait for it.
         """
         call_now("before_acquire", self._before_acquire)
-        resource = self._take_idle()
-        if resource is None:
+        entry = self._take_idle()
+        if entry is None:
             raise trio.WouldBlock
+        resource = self._hand_out(entry, entry.in_use_since)
         try:
             call_now("on_checkout", self._on_checkout, resource.get())
         except BaseException:
@@ -161,25 +167,33 @@ class Session(Generic[T]):
             raise
         return resource
 
-    def _take_idle(self) -> Resource[T] | None:
+    def _take_idle(self) -> Entry[T] | None:
+        """Return an idle worker that is alive, as one in use; None where there is none."""
         if self._supervisor.draining:
             raise PoolClosed(f"{self.name} is shutting down, or has shut down")
-        while self._line.idle:
-            worker = self._line.take()
-            if self._now() - worker.idle_since < LOOK_AGAIN_AFTER or self._supervisor.is_fit(worker):
-                return self._receipt(worker)
+        while self._idle:
+            now = self._now()
+            entry = self._roster.take_idle(now)
+            if now - entry.idle_since < ALIVE_BYPASS_WINDOW or not self._supervisor.evict_if_dead(
+                entry
+            ):
+                return entry
         return None
 
     async def _yield_to_others(self) -> None:
-        """Let other tasks run. It is too late to be cancelled."""
+        """Let other tasks run. It is too late to be cancelled: the caller has a worker."""
         await cancel_shielded_checkpoint()
         self._time_slice.restart()
 
-    def _receipt(self, worker: Worker[T]) -> Resource[T]:
-        self._counts["checkouts"] += 1
-        return Resource(self, worker)
+    def _hand_out(self, entry: Entry[T], since: float) -> Resource[T]:
+        """Count a checkout, and make the receipt for it; `since` is when its task began to wait.
 
-    async def _tell_of_checkout(self, resource: Resource[T]) -> None:
+        Every checkout comes through here. What may follow is the hook `on_checkout`.
+        """
+        self._counters["checkouts"] += 1
+        return Resource(self, entry)
+
+    async def _call_on_checkout(self, resource: Resource[T]) -> None:
         try:
             await call(self._on_checkout, resource.get())
         except BaseException:
@@ -191,9 +205,9 @@ class Session(Generic[T]):
         """Give a worker back.
 
         It never blocks and does no I/O, so it can't be cancelled and belongs in a ``finally:``.
-        A worker that has died is replaced, one that needs it is reset before its next use; both
-        happen later, in the worker's host. Raises `NotCheckedOut` for a resource that has been
-        returned already, or that is another pool's.
+        A worker that has died is replaced, and one that needs it is reset before its next use. Both
+        happen later, in the worker's own task. Raises `NotCheckedOut` for a resource that has been
+        returned already, or that belongs to another pool.
         """
         self._supervisor.take_back(self._redeem(resource))
 
@@ -203,17 +217,17 @@ class Session(Generic[T]):
 
         Like `checkin`, it never blocks, and raises only `NotCheckedOut`.
         """
-        self._supervisor.dismiss(self._redeem(resource), "destroyed")
+        self._supervisor.evict(self._redeem(resource), "destroyed")
 
-    def _redeem(self, resource: Resource[T]) -> Worker[T]:
-        """Take the worker off a resource: it can be returned once."""
-        worker = resource._worker
-        if worker is None:
+    def _redeem(self, resource: Resource[T]) -> Entry[T]:
+        """Take the entry off a resource, which can be done once. Every return begins here."""
+        entry = resource._entry
+        if entry is None:
             raise NotCheckedOut("the resource has been returned already")
         if resource._session._supervisor is not self._supervisor:
             raise NotCheckedOut(f"the resource is of {resource._session.name}, not of {self.name}")
-        resource._worker = None
-        return worker
+        resource._entry = None
+        return entry
 
     def worker(self, timeout: float = 5.0) -> AbstractAsyncContextManager[T]:
         """Check out a worker for the length of an ``async with`` block, and return it whatever happens.
@@ -226,9 +240,9 @@ class Session(Generic[T]):
     async def safe_shutdown(self, timeout: float = math.inf) -> None:
         """Shut the pool down, and return when every worker is closed.
 
-        New checkouts are refused with `PoolClosed`, tasks already in line are still served, and
-        workers that are out are waited for, for at most `timeout` seconds (default: without end).
-        Then whatever is left is closed at once. It may be called again, also with a shorter timeout,
+        New checkouts are refused with `PoolClosed`, and tasks that wait already are still served.
+        Workers that clients hold are waited for, for at most `timeout` seconds (default: without end).
+        Then those that are left are closed at once. You may call it again, also with a shorter timeout,
         also from several tasks. Where it is cancelled, the pool goes on draining.
         """
         check_seconds("timeout", timeout)
@@ -241,15 +255,15 @@ class Session(Generic[T]):
             await supervisor.closed.wait()
 
     def statistics(self) -> PoolStatistics:
-        """Return how the pool stands, and what it has seen."""
+        """Return how the pool stands, and what it has counted."""
         return self._supervisor.statistics()
 
-    def _leaked(self, resource: Resource[T], worker: Worker[T]) -> None:
-        """Reclaim the worker of a resource that is being garbage-collected, in whatever thread."""
-        if worker.place is not Place.OUT:
+    def _on_leak(self, resource: Resource[T], entry: Entry[T]) -> None:
+        """Reclaim the worker of a resource that is being garbage-collected, in any thread."""
+        if entry.state is not State.IN_USE:
             return  # the pool has closed it already
         try:
-            self._trio_token.run_sync_soon(self._supervisor.reclaim, worker, _origin(resource))
+            self._trio_token.run_sync_soon(self._supervisor.reclaim, entry, _origin(resource))
         except trio.RunFinishedError:
             return
         # With tracemalloc on, Python shows where `source` was allocated.
@@ -259,7 +273,7 @@ class Session(Generic[T]):
 
 
 def _origin(resource: Resource[Any]) -> str:
-    """Say where a resource was checked out; tracemalloc knows, while it is tracing."""
+    """Say where a resource was checked out. tracemalloc knows, while it is tracing."""
     for frame in reversed(tracemalloc.get_object_traceback(resource) or ()):
         if not frame.filename.startswith(_PACKAGE):
             return f"{frame.filename}:{frame.lineno}"
@@ -267,7 +281,7 @@ def _origin(resource: Resource[Any]) -> str:
 
 
 class _Lease(AbstractAsyncContextManager[T]):
-    """`Session.worker`. A class, as it costs half of a generator."""
+    """`Session.worker`. A class, because a generator would cost twice as much."""
 
     __slots__ = ("_resource", "_session", "_timeout")
 
@@ -290,3 +304,32 @@ class _Lease(AbstractAsyncContextManager[T]):
     ) -> NoopAwaitable:
         self._session.checkin(self._resource)
         return NOOP
+
+
+class Observer(Protocol):
+    """What an `ObservedSession` reports to. Times are seconds."""
+
+    def on_checkout(self, waited: float) -> None: ...
+    def on_return(self, used: float) -> None: ...
+
+
+class ObservedSession(Session[T]):
+    """A session that reports its checkouts to an observer.
+
+    It is another session of the same pool, so the first one runs not one instruction more for it.
+    """
+
+    def __init__(self, session: Session[T], observer: Observer) -> None:
+        super().__init__(session._supervisor)
+        self._observer = observer
+
+    def _hand_out(self, entry: Entry[T], since: float) -> Resource[T]:
+        self._observer.on_checkout(entry.in_use_since - since)
+        return super()._hand_out(entry, since)
+
+    def _redeem(self, resource: Resource[T]) -> Entry[T]:
+        entry = super()._redeem(resource)
+        # It may have been handed out by a session without an observer.
+        if isinstance(resource._session, ObservedSession):
+            self._observer.on_return(self._now() - entry.in_use_since)
+        return entry

@@ -16,7 +16,11 @@ COUNTERS = (
     "destroyed",
     "leaked",
 )
-"""What is counted from the opening on."""
+"""What is counted from the opening on. `Session` counts the checkouts, `Supervisor` the timeouts and
+overloads, `Starter` the failed starts. `Roster` counts the workers that were started, and that left."""
+
+Counters = dict[str, int]
+"""One number for each of `COUNTERS`. A plain dictionary: nothing is quicker to count in."""
 
 PoolState = Literal["ready", "overflow", "full", "draining", "closed"]
 
@@ -44,7 +48,7 @@ class PoolStatistics:
     """The workers that it may start beyond those."""
 
     idle: int
-    """Workers on the shelf, ready to be checked out."""
+    """Workers that are ready to be checked out."""
 
     in_use: int
     """Workers that are checked out."""
@@ -56,13 +60,13 @@ class PoolStatistics:
     """Workers being opened."""
 
     resetting: int
-    """Workers in the care of their host: being reset after a return, or probed."""
+    """Workers that their own task resets after a return, or probes."""
 
     waiting: int
-    """Tasks in line for a worker."""
+    """Tasks in the wait queue."""
 
     longest_wait: float
-    """Seconds for which the first of them has been waiting; 0 where nobody waits."""
+    """Seconds for which the first of them has been waiting; 0 where there is none."""
 
     checkouts: int
     """Checkouts that got a worker, since the pool was opened."""
@@ -80,7 +84,7 @@ class PoolStatistics:
     """Attempts to open a worker that failed."""
 
     retired: int
-    """Workers closed in good health: superfluous, idle or old ones, and those of a shutdown."""
+    """Workers closed in good health: surplus, idle or old ones, and those of a shutdown."""
 
     lost: int
     """Workers that died: they crashed, their peer hung up, or a probe failed."""

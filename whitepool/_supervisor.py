@@ -1,326 +1,275 @@
-"""The task that owns the workers: it starts, admits, dismisses and replaces them."""
+"""The task that owns the workers: it starts, watches, admits, replaces and drains them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from . import _housekeeping as housekeeping
-from ._backoff import CALM, Backoff
+from ._entry import REASONS, Departure, Entry, State
 from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError
-from ._hooks import COUNTED_AS, Reason
-from ._line import Line
-from ._log import Troubles, log
+from ._hangup import HangupWatch
+from ._hooks import Reason
+from ._log import ThrottledLog, log
+from ._maintenance import Maintenance
 from ._manager import WorkerManager
 from ._options import Options
+from ._roster import IN_USE, Roster
+from ._starting import Starter
 from ._statistics import COUNTERS, PoolState, PoolStatistics
-from ._watch import HangupWatch
-from ._worker import Place, Worker
+from ._wait_queue import WaitQueue
+from ._worker_task import WorkerTask
 
 T = TypeVar("T")
 
-TRIAL = 1.0
-"""Seconds. A worker that dies sooner has died young."""
-
-LOOK_AGAIN_AFTER = 0.001
-"""Seconds. The event loop is that late, at least, in noticing that a peer has hung up."""
-
-REST = 0.05
-"""Share of the shortest period for which the housekeeping sleeps at least. What comes due meanwhile
-is done together: each look at all workers costs something, however few of them are due."""
+ALIVE_BYPASS_WINDOW = 0.001
+"""Seconds. A worker that has been idle for less than this is handed out without being revalidated.
+(The name and the idea are HikariCP's.)"""
 
 
 class Supervisor(Generic[T]):
     """Owns the workers of one pool.
 
-    It is off the hot path: a clean return, and a checkout that finds an idle worker, touch only the
-    line. Workers that become ready for a reason of their own (new, reset, probed) come in through a
-    memory channel; so does the news that somebody lacks one.
+    It is off the hot path: a clean checkin, and a checkout that finds an idle worker, change the
+    roster directly, and wake no task. Workers that become ready for a reason of their own (they are
+    new, have been reset, or have answered a probe) come in through a memory channel, in which None
+    only says: look at what is missing.
     """
 
     def __init__(self, manager: WorkerManager[T], options: Options) -> None:
         self.options = options
         self.name = str(options.name)
-        self.line: Line[T] = Line(
-            lifo=options.strategy == "lifo",
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.roster: Roster[T] = Roster(self.counters, lifo=options.strategy == "lifo")
+        self.queue: WaitQueue[Entry[T]] = WaitQueue(
             patience=options.patience,
-            refusal=self.refusal,
-            left_unserved=self._one_has_left,
+            make_timeout=self.count_timeout,
+            on_unserved=self._on_unserved_waiter,
         )
-        self.counts = dict.fromkeys(COUNTERS, 0)
         self.draining = False
         self.closed = trio.Event()
         self.now = trio.lowlevel.current_clock().current_time
         self._manager = manager
         self._limit = options.pool_size + options.max_overflow
-        # Whether each returned worker passes through its host, because a hook has to run there.
+        # Whether each returned worker passes through its task, because a hook has to run there.
         self._hooks_on_return = (
             options.hooks.on_checkin is not None or options.hooks.after_release is not None
         )
-        # Every worker that takes a place: starting, alive, and being closed. A connection that is
-        # still being closed is a connection to the server.
-        self._workers: set[Worker[T]] = set()
-        self._starting = 0
-        self._alive = 0
-        self._in_host = 0
-        # Alive and well, but to be replaced: too old, or idle for too long.
-        self._expired: set[Worker[T]] = set()
-        self._watch: HangupWatch[Worker[T]] = HangupWatch()
-        self._looked = -math.inf
-        self._backoff = Backoff()
-        self._early_deaths = 0
-        self._last_early_death = -math.inf
-        self._opened = trio.Event()
-        self._final_error: PoolStartError | None = None
-        self._troubles = Troubles(self.name)
-        self._when_started: list[Callable[[float], None]] = []
-        self._news = False
-        # Workers that are ready, or None: look around.
-        self._inbox, self._outbox = trio.open_memory_channel[Worker[T] | None](math.inf)
+        self._no_lingering = options.overflow_ttl == 0
+        self._hangups: HangupWatch[Entry[T]] = HangupWatch()
+        self._hangups_seen_at = -math.inf
+        self._warnings = ThrottledLog(self.name)
+        self.starter = Starter(self.roster, options, self.counters, self._warnings)
+        self._maintenance = Maintenance(self.roster, options, evict=self.evict, replace=self.wake)
+        self._inbox, self._outbox = trio.open_memory_channel[Entry[T] | None](math.inf)
+        self._is_woken = False
         self._nursery: trio.Nursery
 
-    # -- What sessions ask of it. All of it is plain functions: nothing here can be cancelled. --------
+    # -- Workers change hands ------------------------------------------------------------------------
+    #
+    # What sessions call: plain functions, which can't be cancelled.
 
-    def admit(self, worker: Worker[T], now: float, *, unused: bool = False) -> None:
-        """Give a worker that is ready to the longest-waiting task, else to the shelf."""
-        if self.line.waiters:
-            self.line.serve(worker)
-        elif self.draining:
-            self.dismiss(worker, "shutdown")
-        elif self.options.overflow_ttl == 0 and self._fresh() > self.options.pool_size:
-            self.dismiss(worker, "overflow")
-        elif unused:
-            self.line.put_back(worker)
-        else:
-            worker.idle_since = now
-            self.line.idle.append(worker)
+    def admit(self, entry: Entry[T], now: float) -> None:
+        """Give a worker that is ready to the task that has waited for the longest, else make it idle.
 
-    def take_back(self, worker: Worker[T]) -> None:
-        """Receive a worker from a client, whatever its state."""
-        now = self.now()
-        if now > self._looked + LOOK_AGAIN_AFTER and self._watch.watched:
-            self._notice_hangups()
-        if worker.condemned is not None and self._has_to_leave(worker):
-            return
-        try:
-            if worker.is_alive is not None and not worker.is_alive(worker.obj):
-                self.dismiss(worker, "dead")
-            elif self._hooks_on_return or (
-                worker.needs_reset is not None and worker.needs_reset(worker.obj)
-            ):
-                self._to_host(worker)
-                worker.clean()
-            else:
-                self.admit(worker, now)
-        except Exception as error:  # a manager's; the client is not to blame
-            self._troubles.tell("manager_failed", error=str(error))
-            self.dismiss(worker, "dead")
-
-    def dismiss(self, worker: Worker[T], reason: Reason) -> None:
-        """Let a worker go. It must be off the shelf; whoever holds it finds out."""
-        if worker.place is Place.LEAVING:
-            return
-        opened = worker.place is not Place.STARTING
-        if opened:
-            self._alive -= 1
-            self._in_host -= worker.place is Place.HOST
-            self._expired.discard(worker)
-            self._watch.remove(worker.fileno, worker)
-            self.counts[COUNTED_AS[reason]] += 1
-            if COUNTED_AS[reason] == "lost":
-                self._mourn(worker, reason)
-        else:
-            self._starting -= 1
-        worker.place = Place.LEAVING
-        worker.condemned = reason
-        worker.leave(opened)
-        self.look_around()
-
-    def reclaim(self, worker: Worker[T], checked_out_at: str) -> None:
-        """Take back a worker whose client forgot it."""
-        if worker.place is Place.OUT:
-            log.warning("worker_leaked", pool=self.name, checked_out_at=checked_out_at)
-            self.dismiss(worker, "leaked")
-
-    def is_fit(self, worker: Worker[T]) -> bool:
-        """Look once more at a worker that has lain idle, before it is handed out.
-
-        It is off the shelf already. It may have died without the event loop's noticing yet.
+        Its state is IN_USE where a client has just returned it, else SERVICING.
         """
-        if self._watch.watched:
+        # 1. A task waits for it.
+        if self.queue.waiters:
+            if entry.state is not IN_USE:
+                self.roster.move(entry, IN_USE)
+            entry.in_use_since = now
+            self.queue.serve(entry)
+        # 2. The pool is shutting down, and has no more use for it.
+        elif self.draining:
+            self.evict(entry, "shutdown")
+        # 3. It is surplus, and does not linger.
+        elif self._no_lingering and self.roster.lasting > self.options.pool_size:
+            self.evict(entry, "overflow")
+        # 4. It becomes idle.
+        elif entry.state is IN_USE:
+            self.roster.put_idle(entry, now)
+        else:
+            if not entry.probing:
+                entry.idle_since = now
+            self.roster.move(entry, State.IDLE)
+
+    def take_back(self, entry: Entry[T]) -> None:
+        """Receive a worker from its client, in whatever condition it is."""
+        now = self.now()
+        if now > self._hangups_seen_at + ALIVE_BYPASS_WINDOW and self._hangups.watched:
             self._notice_hangups()
-        if worker.condemned == "hung_up":
-            self.dismiss(worker, "hung_up")
-            return False
+        if entry.evict_reason is not None and self._evict_if_due(entry):
+            return
         try:
-            alive = worker.is_alive is None or worker.is_alive(worker.obj)
+            if entry.is_alive is not None and not entry.is_alive(entry.worker):
+                self.evict(entry, "dead")
+            elif self._hooks_on_return or (
+                entry.needs_reset is not None and entry.needs_reset(entry.worker)
+            ):
+                self.roster.move(entry, State.SERVICING)
+                entry.task.reset()
+            else:
+                self.admit(entry, now)
+        except Exception as error:  # the manager's: the client is not to blame
+            self._warnings.warning("manager_failed", error=str(error))
+            self.evict(entry, "dead")
+
+    def evict(self, entry: Entry[T], reason: Reason) -> None:
+        """Have a worker closed, or its opening given up, whatever its state. The client that has it
+        keeps its resource. Does nothing where the worker is being closed already."""
+        if entry.state is State.CLOSING:
+            return
+        is_open = entry.is_open
+        self.roster.mark(entry, reason)
+        self.roster.move(entry, State.CLOSING)
+        if is_open:
+            self._hangups.remove(entry.fileno, entry)
+            if REASONS[reason][0] == "lost":
+                self._on_lost(entry, reason)
+        entry.task.close(is_open=is_open)
+        self.wake()
+
+    def evict_if_dead(self, entry: Entry[T]) -> bool:
+        """Revalidate a worker that was idle, and has just become IN_USE: evict it where it has died,
+        and say so. The event loop may not have noticed yet."""
+        if self._hangups.watched:
+            self._notice_hangups()
+        if entry.evict_reason == "hung_up":
+            self.evict(entry, "hung_up")
+            return True
+        try:
+            is_dead = entry.is_alive is not None and not entry.is_alive(entry.worker)
         except Exception as error:
-            self._troubles.tell("manager_failed", error=str(error))
-            alive = False
-        if not alive:
-            self.dismiss(worker, "dead")
-        return alive
+            self._warnings.warning("manager_failed", error=str(error))
+            is_dead = True
+        if is_dead:
+            self.evict(entry, "dead")
+        return is_dead
 
-    def is_full(self) -> bool:
-        """Say whether one more task in line would have to wait for a client to return a worker."""
-        return len(self.line.waiters) >= self._limit - self._in_use()
+    def reclaim(self, entry: Entry[T], checked_out_at: str) -> None:
+        """Take back a worker whose resource was garbage-collected, unless the pool has closed it."""
+        if entry.state is State.IN_USE:
+            log.warning("worker_leaked", pool=self.name, checked_out_at=checked_out_at)
+            self.evict(entry, "leaked")
 
-    def one_is_lacking(self) -> None:
-        """Have a worker started for a task that is about to join the line, where there is room."""
-        if len(self._workers) < self._limit:
-            self.look_around()
+    def _evict_if_due(self, entry: Entry[T]) -> bool:
+        """Evict a worker that has come back and has to leave, if it may go now; say whether it went."""
+        assert entry.evict_reason is not None
+        _, departure = REASONS[entry.evict_reason]
+        if departure is Departure.WHEN_REPLACED and not self.starter.may_retire():
+            return False
+        self.evict(entry, entry.evict_reason)  # does nothing where it was evicted while it was out
+        return True
 
-    def refusal(self, *, early: bool) -> CheckoutTimeout:
-        """Make the error for a task that is sent away, while it is still known how things stood."""
-        self.counts["overloads" if early else "timeouts"] += 1
+    # -- What sessions ask ---------------------------------------------------------------------------
+
+    def obtainable(self) -> int:
+        """Return how many waiters can be served without a client returning a worker."""
+        return self._limit - self.roster.in_use
+
+    def request_worker(self) -> None:
+        """Have a worker started for a task that is about to wait, where there is room for one."""
+        if len(self.roster.entries) < self._limit:
+            self.wake()
+
+    def count_timeout(self, *, shed: bool) -> CheckoutTimeout:
+        """Count a waiter that gets no worker, and make its error, which says how the pool stands now.
+
+        `shed` says that the pool is overloaded: the waiter leaves before its time, or never came in.
+        """
+        self.counters["overloads" if shed else "timeouts"] += 1
         now = self.statistics()
-        what = "is overloaded" if early else "has had no worker in time"
-        error = (PoolOverloaded if early else CheckoutTimeout)(
+        what = "is overloaded" if shed else "has had no worker in time"
+        error = (PoolOverloaded if shed else CheckoutTimeout)(
             f"{self.name} {what}: {now.in_use} in use, {now.starting} starting, "
             f"{now.resetting} resetting, {now.waiting} waiting"
         )
-        error.__cause__ = self._backoff.last_error
+        error.__cause__ = self.starter.backoff.last_error
         return error
 
-    def look_around(self) -> None:
-        """Have the supervisor see what is missing, in its own task."""
-        if not self._news:
-            self._news = True
-            self._inbox.send_nowait(None)
-
-    @enable_ki_protection
-    def drain(self) -> None:
-        """Refuse new checkouts, serve the line, close every worker that nobody needs any more."""
-        self.draining = True
-        while self.line.idle:
-            self.dismiss(self.line.idle.popleft(), "shutdown")
-        self.look_around()
-
-    @enable_ki_protection
-    def close_now(self) -> None:
-        """Close every worker, also those that are out."""
-        self.drain()
-        for task in list(self.line.waiters):
-            self.line.fail(task, PoolClosed(f"{self.name} was shut down"))
-        for worker in list(self._workers):
-            self.dismiss(worker, "shutdown")
-
-    async def wait_open(self) -> None:
-        """Return when all `pool_size` workers have been started; `PoolStartError`."""
-        options = self.options
-        with trio.move_on_after(options.start_timeout):
-            await self._opened.wait()
-        if self._final_error is not None:
-            raise self._final_error
-        if not self._opened.is_set():
-            raise PoolStartError(
-                f"{self.name}: {self._alive} of {options.pool_size} workers started "
-                f"within {options.start_timeout} s"
-            ) from self._backoff.last_error
-
     def statistics(self) -> PoolStatistics:
-        idle = len(self.line.idle)
+        """Return a snapshot of the pool."""
+        roster, options = self.roster, self.options
         state: PoolState
         if self.closed.is_set():
             state = "closed"
         elif self.draining:
             state = "draining"
-        elif idle:
+        elif roster.idle:
             state = "ready"
         else:
-            state = "overflow" if len(self._workers) < self._limit else "full"
+            state = "overflow" if len(roster.entries) < self._limit else "full"
         return PoolStatistics(
             name=self.name,
             state=state,
-            pool_size=self.options.pool_size,
-            max_overflow=self.options.max_overflow,
-            idle=idle,
-            in_use=self._in_use(),
-            overflow=max(0, self._alive + self._starting - self.options.pool_size),
-            starting=self._starting,
-            resetting=self._in_host,
-            waiting=len(self.line.waiters),
-            longest_wait=self.line.longest_wait(self.now()),
-            **self.counts,
+            pool_size=options.pool_size,
+            max_overflow=options.max_overflow,
+            idle=len(roster.idle),
+            in_use=roster.in_use,
+            overflow=max(0, roster.open + roster.opening - options.pool_size),
+            starting=roster.opening,
+            resetting=roster.servicing,
+            waiting=len(self.queue.waiters),
+            longest_wait=self.queue.longest_wait(self.now()),
+            **self.counters,
         )
 
-    def _in_use(self) -> int:
-        return self._alive - len(self.line.idle) - self._in_host
+    # -- What worker tasks report (see `Owner`) ------------------------------------------------------
 
-    def tell_of_starts(self, tell: Callable[[float], None]) -> None:
-        """Tell how many seconds each worker took to open: those that are open, and those to come."""
-        for worker in self._workers:
-            if worker.place in (Place.HOST, Place.OUT):
-                tell(worker.opened_in)
-        self._when_started.append(tell)
+    def on_opened(self, entry: Entry[T]) -> None:
+        self.roster.move(entry, State.SERVICING)
+        self._hangups.add(entry.fileno, entry)
+        self.starter.on_opened(entry)
 
-    # -- What hosts tell it --------------------------------------------------------------------------
-
-    def started(self, worker: Worker[T]) -> None:
-        worker.place = Place.HOST
-        self._starting -= 1
-        self._alive += 1
-        self._in_host += 1
-        self.counts["started"] += 1
-        self._watch.add(worker.fileno, worker)
-        if self._backoff.last_error is not None:
-            log.warning("start_recovered", pool=self.name, failures=self._backoff.failures)
-        self._backoff.succeeded()
-        for tell in self._when_started:
-            tell(worker.opened_in)
-
-    def start_failed(self, worker: Worker[T], error: Exception, begun: float) -> None:
-        worker.place = Place.LEAVING
-        self._starting -= 1
-        self.counts["start_failures"] += 1
-        self._fail_start(error, begun)
-        self._troubles.tell("start_failed", error=str(error))
-        if isinstance(error, PoolStartError) and not self._opened.is_set():
-            self._final_error = error
-            self._opened.set()
+    def on_open_failed(self, entry: Entry[T], error: Exception, begun: float) -> None:
+        self.roster.move(entry, State.CLOSING)
+        self.starter.on_failed(error, begun, self.now())
+        self._wake_for_retry()
+        if self.starter.final_error is not None:
             self.drain()
-        # Those who do not wait for clients, and for whom nothing else is on the way any more.
-        on_the_way = self._starting + self._in_host
-        for task in list(self.line.waiters) if self.line.not_queueing else ():
-            if on_the_way > 0 or task not in self.line.not_queueing:
-                on_the_way -= 1
-            else:
-                refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
-                refusal.__cause__ = error
-                self.line.fail(task, refusal)
+        # A task that does not wait for clients has nothing to wait for where no worker is on its way.
+        on_the_way = self.roster.opening + self.roster.servicing
+        for task in self.queue.nonblocking_beyond(on_the_way):
+            refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
+            refusal.__cause__ = error
+            self.queue.fail(task, refusal)
 
-    def ready(self, worker: Worker[T]) -> None:
-        self._inbox.send_nowait(worker)
+    def on_ready(self, entry: Entry[T]) -> None:
+        self._inbox.send_nowait(entry)
 
-    def host_work_failed(self, worker: Worker[T], reason: Reason, error: Exception) -> None:
-        if worker.place is not Place.LEAVING:
-            if COUNTED_AS[reason] != "lost":
-                self._troubles.tell(reason, error=str(error))
-            self.dismiss(worker, reason)
+    def on_service_failed(self, entry: Entry[T], reason: Reason, error: Exception) -> None:
+        if entry.state is not State.CLOSING:
+            if REASONS[reason][0] != "lost":  # that is logged anyway
+                self._warnings.warning(reason, error=str(error))
+            self.evict(entry, reason)
 
-    def hook_failed(self, hook: str, error: Exception) -> None:
-        self._troubles.tell("hook_failed", hook=hook, error=str(error))
+    def on_hook_failed(self, hook: str, error: Exception) -> None:
+        self._warnings.warning("hook_failed", hook=hook, error=str(error))
 
-    def left(self, worker: Worker[T]) -> None:
-        """The worker is about to be closed; where nobody asked for that, it has died."""
-        if worker.place is not Place.LEAVING:
-            if worker in self.line.idle:
-                self.line.idle.remove(worker)
-            self.dismiss(worker, "crashed")
+    def on_closing(self, entry: Entry[T]) -> None:
+        # Does nothing where the pool has asked for it.
+        self.evict(entry, "crashed")
 
-    def gone(self, worker: Worker[T], error: Exception | None) -> None:
-        if worker.condemned == "crashed":
-            self._troubles.tell("worker_lost", reason="crashed", error=str(error))
-        elif worker.condemned is not None and error is not None:
-            self._troubles.tell("close_failed", error=str(error))
-        self._workers.remove(worker)
-        self.look_around()
+    def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
+        if entry.evict_reason == "crashed":
+            self._warnings.warning("worker_lost", reason="crashed", error=str(error))
+        elif entry.evict_reason is not None and error is not None:
+            self._warnings.warning("close_failed", error=str(error))
+        self.roster.remove(entry)
+        del entry.task  # the two refer to each other, and would wait for the garbage collector
+        self.wake()
 
-    # -- Its own tasks -------------------------------------------------------------------------------
+    def _on_lost(self, entry: Entry[T], reason: Reason) -> None:
+        """Log that a worker has died, and have starts take pauses where workers keep dying early."""
+        if reason != "crashed":  # that is logged when the error is known
+            self._warnings.warning("worker_lost", reason=reason)
+        if self.starter.on_lost(entry, reason, self.now()):
+            self._wake_for_retry()
+
+    # -- Supervising ---------------------------------------------------------------------------------
 
     @enable_ki_protection
     async def run(self) -> None:
@@ -328,168 +277,108 @@ class Supervisor(Generic[T]):
         try:
             with trio.CancelScope(shield=True):
                 async with trio.open_nursery() as self._nursery:
-                    self._nursery.start_soon(self.line.keep_time)
-                    self._nursery.start_soon(self._keep_watch)
-                    self._nursery.start_soon(self._keep_house)
+                    self._nursery.start_soon(self.queue.run_timers)
+                    self._nursery.start_soon(self._watch_for_hangups)
+                    self._nursery.start_soon(self._maintenance.run)
                     try:
                         await self._supervise()
                     finally:
-                        # Hosts are shielded: where a crash ends the loop, nobody else ends them.
+                        # Where a bug ends the loop, nothing else would end the worker tasks: they
+                        # are shielded.
                         self.close_now()
                     self._nursery.cancel_scope.cancel()
         finally:
-            self._watch.close()
+            self._hangups.close()
             self.closed.set()
 
     async def _supervise(self) -> None:
-        self.look_around()
-        async for worker in self._outbox:
-            if worker is None:
-                self._news = False
-            elif worker.place is Place.HOST:
-                worker.place = Place.OUT
-                self._in_host -= 1
-                probed, worker.probing = worker.probing, False
-                if worker.condemned is None or not self._has_to_leave(worker):
-                    self.admit(worker, self.now(), unused=probed)
-            self._retire_expired()
-            self._balance()
-            if self.draining and not self._workers and not self.line.waiters:
+        """Admit the workers that come through the channel, and start those that are missing."""
+        self.wake()
+        async for entry in self._outbox:
+            if entry is None:
+                self._is_woken = False
+            elif entry.state is State.SERVICING:
+                if entry.evict_reason is None or not self._evict_if_due(entry):
+                    self.admit(entry, self.now())
+                entry.probing = False
+            self._retire_expiring()
+            self._start_missing()
+            self.starter.set_opened_if_complete()
+            if self.draining and not self.roster.entries and not self.queue.waiters:
                 break
 
-    def _balance(self) -> None:
-        """Start what is missing: workers that the line waits for, and those that make up the pool."""
-        options, waiting = self.options, len(self.line.waiters)
-        missing = waiting - self._starting
+    def wake(self) -> None:
+        """Have the supervisor look at what is missing, in its own task."""
+        if not self._is_woken:
+            self._is_woken = True
+            self._inbox.send_nowait(None)
+
+    def _on_unserved_waiter(self) -> None:
+        """A task has left the queue without a worker. It may have been the last to be served."""
         if self.draining:
-            for worker in [w for w in self._workers if w.place is Place.STARTING][waiting:]:
-                self.dismiss(worker, "shutdown")
-        elif not options.lazy:
-            missing = max(missing, options.pool_size - self._fresh() - self._starting)
-        room = self._limit - len(self._workers)
-        # A server that refused is tried by one at a time, after a pause; then all follow.
-        at_once = options.max_starting if self._backoff.last_error is None else 1
-        if self.now() < self._backoff.retry_at:
-            at_once = 0
-        for _ in range(min(missing, room, at_once - self._starting)):
-            worker = Worker(self, self._manager, options)
-            self._workers.add(worker)
-            self._starting += 1
-            self._nursery.start_soon(worker.live)
-        if options.lazy or self._alive - self._in_host >= options.pool_size:
-            self._opened.set()
+            self.wake()
 
-    def _one_has_left(self) -> None:
-        """A task has left the line without a worker: it may have been the last to be served."""
-        if self.draining:
-            self.look_around()
-
-    def _mourn(self, worker: Worker[T], reason: Reason) -> None:
-        """A worker has died. Where they keep dying young, starting them takes pauses, too."""
-        if reason != "crashed":  # that is told when it is known why
-            self._troubles.tell("worker_lost", reason=reason)
-        now = self.now()
-        if now < worker.opened_at + TRIAL:
-            if now > self._last_early_death + CALM:
-                self._early_deaths = 0
-            self._last_early_death = now
-            self._early_deaths += 1
-            # Each of them may have been unlucky once. Beyond that it is their successors that die.
-            if self._early_deaths > self._limit:
-                error = ConnectionError(f"workers are lost within {TRIAL} s of opening: {reason}")
-                self._fail_start(error, worker.opened_at)
-
-    def _fail_start(self, error: Exception, begun: float) -> None:
-        self._backoff.failed(error, begun=begun, now=self.now())
-        self._nursery.start_soon(self._look_around_at, self._backoff.retry_at)
+    def _wake_for_retry(self) -> None:
+        self._nursery.start_soon(self._wake_at, self.starter.backoff.retry_at)
 
     @enable_ki_protection
-    async def _look_around_at(self, time: float) -> None:
+    async def _wake_at(self, time: float) -> None:
         await trio.sleep_until(time)
-        self.look_around()
+        self.wake()
+
+    def _start_missing(self) -> None:
+        """Start the workers that are due; while draining, give up those that no task waits for."""
+        roster, waiting = self.roster, len(self.queue.waiters)
+        if self.draining and roster.opening > waiting:
+            opening = [entry for entry in roster.entries if entry.state is State.OPENING]
+            for entry in opening[waiting:]:
+                self.evict(entry, "shutdown")
+        due = self.starter.how_many(waiting=waiting, draining=self.draining, now=self.now())
+        for _ in range(due):
+            new: Entry[T] = Entry()
+            new.task = WorkerTask(new, self, self._manager, self.options)
+            roster.add(new)
+            self._nursery.start_soon(new.task.run)
+
+    def _retire_expiring(self) -> None:
+        """Evict the idle workers that are to be replaced, as far as others are there in their place."""
+        if self.roster.expiring:
+            for entry in [entry for entry in self.roster.idle if entry.is_expiring]:
+                self._evict_if_due(entry)
+
+    # -- Hang-ups ------------------------------------------------------------------------------------
 
     @enable_ki_protection
-    async def _keep_watch(self) -> None:
-        """Replace workers whose peers hang up, before anybody is given them."""
+    async def _watch_for_hangups(self) -> None:
+        """Evict idle workers whose peers hang up, before they are handed out."""
         while True:
-            await self._watch.wait()
+            await self._hangups.wait()
             self._notice_hangups()
 
     def _notice_hangups(self) -> None:
-        self._looked = self.now()
-        for worker in self._watch.hung_up():
-            worker.condemned = "hung_up"
-            self._expired.discard(worker)
-            if worker in self.line.idle:
-                self.line.idle.remove(worker)
-                self.dismiss(worker, "hung_up")
-            # Else its client, or its host, brings it back.
+        """Mark the workers whose peers have hung up, and evict the idle ones. The others leave when
+        their client, or their task, gives them back."""
+        self._hangups_seen_at = self.now()
+        for entry in self._hangups.hung_up():
+            self.roster.mark(entry, "hung_up")
+            if entry.state is State.IDLE:
+                self.evict(entry, "hung_up")
 
-    def _has_to_leave(self, worker: Worker[T]) -> bool:
-        """Dismiss a condemned worker that has come back, unless it still has to stand in."""
-        assert worker.condemned is not None
-        if worker in self._expired and not self._may_retire():
-            return False
-        self.dismiss(worker, worker.condemned)  # does nothing where it crashed, or was closed
-        return True
+    # -- The end -------------------------------------------------------------------------------------
 
     @enable_ki_protection
-    async def _keep_house(self) -> None:
-        """Retire what is too many, too old or too idle, and probe the rest."""
-        shortest = housekeeping.shortest_period(self.options)
-        while True:
-            now = self.now()
-            due = self._tidy(now)
-            await trio.sleep_until(max(now + REST * shortest, min(due, now + shortest)))
+    def drain(self) -> None:
+        """Refuse new checkouts, serve the waiters that are there, and close each worker after that."""
+        self.draining = True
+        while self.roster.idle:
+            self.evict(self.roster.idle[0], "shutdown")
+        self.wake()
 
-    def _tidy(self, now: float) -> float:
-        """Do what is due, and say when something will be due again."""
-        options, idle = self.options, self.line.idle
-        beyond_size = self._fresh() - options.pool_size
-        superfluous, at_surplus = housekeeping.surplus(idle, beyond_size, options, now)
-        for worker in superfluous:
-            idle.remove(worker)
-            self.dismiss(worker, "overflow")
-        old, at_old = housekeeping.too_old(self._workers, now)
-        for worker in old:
-            self._condemn(worker, "lifetime")
-        bored, at_bored = housekeeping.too_idle(idle, options, now)
-        for worker in bored:
-            self._condemn(worker, "idle")
-        probing = sum(worker.probing and worker.place is Place.HOST for worker in self._workers)
-        unheard_of, at_probe = housekeeping.to_probe(idle, probing, options, now)
-        for worker in unheard_of:
-            idle.remove(worker)
-            self._to_host(worker)
-            worker.probe()
-        return min(at_surplus, at_old, at_bored, at_probe)
-
-    def _to_host(self, worker: Worker[T]) -> None:
-        worker.place = Place.HOST
-        self._in_host += 1
-
-    def _fresh(self) -> int:
-        """Count the workers that are here to stay."""
-        return self._alive - len(self._expired)
-
-    def _condemn(self, worker: Worker[T], reason: Reason) -> None:
-        """Have a worker replaced that is alive and well."""
-        worker.condemned = reason
-        self._expired.add(worker)
-        self.look_around()
-
-    def _retire_expired(self) -> None:
-        """Let expired workers go that are idle, once there are others in their place."""
-        for worker in [worker for worker in self.line.idle if worker in self._expired]:
-            if self._may_retire() and worker.condemned is not None:
-                self.line.idle.remove(worker)
-                self.dismiss(worker, worker.condemned)
-
-    def _may_retire(self) -> bool:
-        """Say whether an expired worker may go."""
-        options = self.options
-        if options.lazy or self._fresh() >= options.pool_size:
-            return True
-        # Without room for a new one first, an old one must make it: one at a time, and not while the
-        # server takes no new ones.
-        return self._alive == len(self._workers) >= self._limit and self._backoff.last_error is None
+    @enable_ki_protection
+    def close_now(self) -> None:
+        """Close every worker, also those that clients have, and refuse the tasks that wait."""
+        self.drain()
+        for task in list(self.queue.waiters):
+            self.queue.fail(task, PoolClosed(f"{self.name} was shut down"))
+        for entry in list(self.roster.entries):
+            self.evict(entry, "shutdown")

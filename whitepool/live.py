@@ -3,7 +3,7 @@
     async with trio.open_nursery() as nursery:
         nursery.start_soon(whitepool.live.watch, session)
 
-It reads `Session.statistics` for each picture. A pool that nobody looks at pays nothing.
+It reads `Session.statistics` for each picture. A pool that is not watched pays nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class PoolView:
     """A picture of one or more pools, for rich: print it, or put it into a `rich.live.Live`.
 
     For each pool it has the state, with the workers beyond `pool_size` as ``+2``; the checkouts per
-    second, of the last second; the line; and the workers as a bar. Below are the last `events` seconds
-    in which something happened, as far as the counters tell, from the making of the view on.
+    second, of the last second; the wait queue; and the workers as a bar. Below are the last `events`
+    seconds in which something happened, as far as the counters tell, since the view was made.
 
     Each time it is drawn it looks at the pools, so that has to be in Trio's thread: a `rich.live.Live`
     needs ``auto_refresh=False``.
@@ -98,14 +98,19 @@ class _Pool:
         return (last - first) / (end - begin) if end > begin else 0
 
 
-def _line() -> Text:
+def _one_line() -> Text:
     return Text(no_wrap=True, overflow="ellipsis")
 
 
 def _summary(pool: _Pool) -> Text:
     """``shop  full +4          812 checkouts/s, 38 waiting, the first for 0.42 s``."""
     now = pool.now
-    text = _line().append(now.name, "bold").append("  ").append(now.state, STATES.get(now.state, "dim"))
+    text = (
+        _one_line()
+        .append(now.name, "bold")
+        .append("  ")
+        .append(now.state, STATES.get(now.state, "dim"))
+    )
     if now.overflow:
         text.append(f" +{now.overflow}")
     text.pad_right(max(1, 24 - len(text)))
@@ -125,7 +130,7 @@ def _workers(now: PoolStatistics, options: ConsoleOptions) -> Text:
     # Each worker has as many cells as there is space for; where there is too little, they share.
     width = max(10, min(LONGEST_BAR, options.max_width - len(legend)))
     width -= width % limit if limit < width else 0
-    bar = _line()
+    bar = _one_line()
     seen = 0
     blocks = ASCII if options.ascii_only else BLOCKS
     for number, block, colour in zip([*numbers, limit], blocks, WORKERS.values(), strict=True):

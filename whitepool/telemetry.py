@@ -3,7 +3,8 @@
     async with whitepool.postgres.open_pool("dbname=shop") as session:
         session = whitepool.telemetry.instrument(session)
 
-Whoever uses the session that comes back is measured. A pool that is not instrumented pays nothing.
+The checkouts of the session that it returns are measured. A pool that is not instrumented pays
+nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from weakref import WeakKeyDictionary, ref
 
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
-from trio.lowlevel import enable_ki_protection
 
 from . import __version__
-from ._session import Resource, Session
+from ._session import ObservedSession, Session
 from ._supervisor import Supervisor
-from ._worker import Worker
 
 __all__ = ["instrument"]
 
@@ -59,63 +58,16 @@ def instrument(session: Session[T], *, meter_provider: MeterProvider | None = No
     """
     panel = _panel(meter_provider)
     panel.watch(session._supervisor)
-    return _MeasuringSession(session._supervisor, panel)
+    return ObservedSession(session, _Recorder(panel, session.name))
 
 
-class _TimedResource(Resource[T]):
-    __slots__ = ("since",)
+class _Recorder:
+    """Records the checkouts of one pool in the histograms of a panel (see `Observer`)."""
 
-    since: float
-    """When its client got it; not set before."""
-
-
-class _MeasuringSession(Session[T]):
-    def __init__(self, supervisor: Supervisor[T], panel: _Panel) -> None:
-        super().__init__(supervisor)
-        self._wait_time = panel.wait_time
-        self._use_time = panel.use_time
-        self._attributes = {POOL_NAME: supervisor.name}
-
-    @enable_ki_protection
-    async def block_checkout(self, timeout: float = 5.0) -> Resource[T]:
-        asked = self._now()
-        return self._received(await super().block_checkout(timeout), asked)
-
-    @enable_ki_protection
-    async def nonblock_checkout(self) -> Resource[T]:
-        asked = self._now()
-        return self._received(await super().nonblock_checkout(), asked)
-
-    @enable_ki_protection
-    def checkout_nowait(self) -> Resource[T]:
-        asked = self._now()
-        return self._received(super().checkout_nowait(), asked)
-
-    @enable_ki_protection
-    def checkin(self, resource: Resource[T]) -> None:
-        super().checkin(resource)
-        self._returned(resource)
-
-    @enable_ki_protection
-    def destroyed(self, resource: Resource[T]) -> None:
-        super().destroyed(resource)
-        self._returned(resource)
-
-    def _receipt(self, worker: Worker[T]) -> Resource[T]:
-        self._counts["checkouts"] += 1
-        return _TimedResource(self, worker)
-
-    def _received(self, resource: Resource[T], asked: float) -> Resource[T]:
-        assert isinstance(resource, _TimedResource)
-        resource.since = now = self._now()
-        self._wait_time.record(now - asked, self._attributes)
-        return resource
-
-    def _returned(self, resource: Resource[T]) -> None:
-        # It may be of the session that doesn't measure, or its client never got it, for a hook.
-        since = getattr(resource, "since", None)
-        if since is not None:
-            self._use_time.record(self._now() - since, self._attributes)
+    def __init__(self, panel: _Panel, pool: str) -> None:
+        attributes = {POOL_NAME: pool}
+        self.on_checkout = partial(panel.wait_time.record, attributes=attributes)
+        self.on_return = partial(panel.use_time.record, attributes=attributes)
 
 
 class _Panel:
@@ -144,7 +96,7 @@ class _Panel:
         if all(pool() is not supervisor for pool in pools):
             self._pools = (*pools, ref(supervisor))
             attributes = {POOL_NAME: supervisor.name}
-            supervisor.tell_of_starts(partial(self.create_time.record, attributes=attributes))
+            supervisor.starter.observe(partial(self.create_time.record, attributes=attributes))
 
     def _observe(self, name: str, _: CallbackOptions) -> Iterable[Observation]:
         for pool in self._pools:
@@ -160,7 +112,7 @@ def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, int]]:
     options = supervisor.options
     limit = options.pool_size + options.max_overflow
     for _ in range(3):
-        with suppress(RuntimeError):  # in an exporter's thread: the line has moved meanwhile
+        with suppress(RuntimeError):  # in an exporter's thread: the wait queue has changed meanwhile
             now = supervisor.statistics()
             return {
                 # And in such a moment the idle ones may be more than all that are there.

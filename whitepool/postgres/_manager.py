@@ -16,7 +16,7 @@ from psycopg.generators import execute
 
 from .._errors import PoolStartError
 from .._manager import WorkerManager
-from .._options import PoolOptions
+from .._options import Options
 from .._pool import Pool
 from .._session import Session
 from ._connection import TrioConnection
@@ -221,7 +221,7 @@ def open_pool(
 
     The keywords are the options of `whitepool.Pool`, and those of `connect`.
     """
-    options = {key: keywords.pop(key) for key in PoolOptions.__annotations__ if key in keywords}
+    options = {key: keywords.pop(key) for key in Options.__annotations__ if key in keywords}
     manager = PostgresManager(conninfo, configure=configure, reset=reset, **keywords)
     return Pool(manager, **options)._open(grace=0)
 

@@ -1,4 +1,4 @@
-"""Notices a peer that hung up, at no cost to those who use the worker."""
+"""Notices that the peer of a worker has hung up, at no cost to the worker's clients."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 class HangupWatch(Generic[T]):
     """Watches file descriptors for a hang-up of the peer, and for nothing else.
 
-    On Linux, one epoll descriptor holds all of them for as long as their workers live. Descriptors
-    of this kind nest: this one becomes readable when a peer hangs up, and Trio waits for that.
-    Ordinary traffic doesn't wake anybody. On other systems nothing is watched.
+    On Linux, one epoll descriptor holds all of them for as long as their workers live. Descriptors of
+    this kind nest: this one becomes readable when a peer hangs up, and Trio waits for that. Ordinary
+    traffic wakes no task. On other systems nothing is watched.
     """
 
     def __init__(self) -> None:
         self.watched: dict[int, T] = {}
-        """Who is watched, by descriptor."""
+        """The worker of each descriptor that is watched."""
         self._epoll = select.epoll() if sys.platform == "linux" else None
 
     def add(self, fileno: int | None, worker: T) -> None:
-        """Watch a descriptor, unless there is none, or it can't be watched (a regular file)."""
+        """Watch a descriptor, unless it is None, or can't be watched (a regular file)."""
         if self._epoll is not None and fileno is not None:
             with suppress(OSError, ValueError, OverflowError):
                 self._epoll.register(fileno, select.EPOLLRDHUP)
@@ -34,7 +34,7 @@ class HangupWatch(Generic[T]):
 
     def remove(self, fileno: int | None, worker: T) -> None:
         """Stop watching a descriptor. It need not be watched."""
-        # The number may be another worker's by now.
+        # The number may have become another worker's by now.
         if fileno is not None and self.watched.get(fileno) is worker:
             self._forget(fileno)
 
@@ -42,19 +42,19 @@ class HangupWatch(Generic[T]):
         """Return the workers whose peers have hung up since, and stop watching them."""
         found = []
         if self._epoll is not None and not self._epoll.closed:
-            stale = False
+            is_stale = False
             for fileno, _ in self._epoll.poll(0):
                 if fileno in self.watched and _has_hung_up(fileno):
                     found.append(self.watched[fileno])
                     self._forget(fileno)
                 else:
-                    stale = True
-            if stale:
+                    is_stale = True
+            if is_stale:
                 self._renew()
         return found
 
     async def wait(self) -> None:
-        """Return when `hung_up` may have something to tell."""
+        """Return when `hung_up` may have something to return."""
         if self._epoll is None:
             await trio.sleep_forever()
         else:
@@ -70,14 +70,15 @@ class HangupWatch(Generic[T]):
     def _forget(self, fileno: int) -> None:
         assert self._epoll is not None
         del self.watched[fileno]
-        with suppress(OSError):  # it was closed, and the kernel has forgotten it
+        with suppress(OSError):  # it was closed, and the kernel has removed it
             self._epoll.unregister(fileno)
 
     def _renew(self) -> None:
-        """Begin again, with those that are watched.
+        """Begin again, with a new epoll descriptor for those that are watched.
 
-        A descriptor that was closed without our knowing is remembered by the kernel for as long as
-        there is a copy of it, as a child process may have one. It can't be unregistered any more.
+        A descriptor may have been closed without our knowing. The kernel remembers it for as long as a
+        copy of it exists, in a child process, say: it reports its hang-up for ever, and does not let
+        us unregister it.
         """
         assert self._epoll is not None
         watched = self.watched.copy()
@@ -89,7 +90,7 @@ class HangupWatch(Generic[T]):
 
 
 def _has_hung_up(fileno: int) -> bool:
-    """Ask of one descriptor what the epoll descriptor says of its number."""
+    """Ask of one descriptor what the epoll descriptor said of its number, which may be stale."""
     poller = select.poll()
     poller.register(fileno, select.POLLRDHUP)
     return bool(poller.poll(0))

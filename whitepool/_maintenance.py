@@ -1,0 +1,88 @@
+"""Maintenance: retires workers that are surplus, too old or unused, and probes the rest.
+
+`_sizing` decides which workers are due, and the supervisor replaces them. The loop here is between the
+two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import trio
+from trio.lowlevel import enable_ki_protection
+
+from . import _sizing as sizing
+from ._entry import Entry, State
+from ._hooks import Reason
+from ._options import Options
+from ._roster import Roster
+
+T = TypeVar("T")
+
+
+class Maintenance(Generic[T]):
+    """Looks at the workers of one pool whenever one of them may have come due.
+
+    Args:
+      evict: closes a worker for a reason.
+      replace: called when workers were marked that are to be replaced.
+    """
+
+    def __init__(
+        self,
+        roster: Roster[T],
+        options: Options,
+        *,
+        evict: Callable[[Entry[T], Reason], None],
+        replace: Callable[[], None],
+    ) -> None:
+        self._roster = roster
+        self._options = options
+        self._evict = evict
+        self._replace = replace
+
+    @enable_ki_protection
+    async def run(self) -> None:
+        """Do what is due, and sleep until more may be. It never ends."""
+        now = trio.lowlevel.current_clock().current_time
+        shortest = sizing.shortest_period(self._options)
+        while True:
+            began = now()
+            due = min(self._evict_surplus(began), self._mark_expired(began), self._probe(began))
+            await trio.sleep_until(sizing.next_maintenance(began, due, shortest))
+
+    # Each of these returns when the next worker comes due.
+
+    def _evict_surplus(self, now: float) -> float:
+        """Evict overflow workers that no client has needed for `overflow_ttl`."""
+        roster, options = self._roster, self._options
+        excess = roster.lasting - options.pool_size
+        surplus, next_due = sizing.surplus(roster.idle, excess, options.overflow_ttl, now)
+        for entry in surplus:
+            self._evict(entry, "overflow")
+        return next_due
+
+    def _mark_expired(self, now: float) -> float:
+        """Mark workers that are alive and well, but too old, or unused for too long."""
+        roster, options = self._roster, self._options
+        too_old, lifetime_due = sizing.lifetime_expired(roster.entries, now)
+        for entry in too_old:
+            roster.mark(entry, "lifetime")
+        unused, idle_due = sizing.idle_expired(roster.idle, options.idle_timeout, now)
+        for entry in unused:
+            roster.mark(entry, "idle")
+        if too_old or unused:
+            self._replace()
+        return min(lifetime_due, idle_due)
+
+    def _probe(self, now: float) -> float:
+        """Have idle workers probed that have given no sign of life for `check_interval`."""
+        roster = self._roster
+        probing = sum(entry.probing and entry.state is State.SERVICING for entry in roster.entries)
+        silent, next_due = sizing.probe_due(roster.idle, probing, self._options.check_interval, now)
+        for entry in silent:
+            roster.move(entry, State.SERVICING)
+            entry.probing = True
+            entry.task.probe()
+        return next_due

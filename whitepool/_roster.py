@@ -1,0 +1,151 @@
+"""All workers of a pool, by state. This is the only place where a state changes.
+
+The roster is plain data, changed between two awaits: Trio runs one task at a time, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Generic, TypeVar
+
+from ._entry import REASONS, TRANSITIONS, Entry, State
+from ._hooks import Reason
+from ._statistics import Counters
+
+T = TypeVar("T")
+
+# The hot path uses these: to look up a member of an enum costs more than to compare with it.
+IDLE, IN_USE = State.IDLE, State.IN_USE
+
+
+class IllegalTransition(Exception):
+    """A state was to follow that `TRANSITIONS` does not allow: a bug in the pool."""
+
+
+class Roster(Generic[T]):
+    """The entries of all workers, from the decision to open one until it has been closed.
+
+    A worker that is being closed still counts: a connection that is being closed is a connection to
+    the server, and takes one of its places.
+    """
+
+    def __init__(self, counters: Counters, *, lifo: bool) -> None:
+        self.entries: set[Entry[T]] = set()
+        self.idle: deque[Entry[T]] = deque()
+        """The idle ones. The right end was in use last."""
+        self.expiring = 0
+        """How many are `Entry.is_expiring`."""
+        self._counters = counters
+        # Only for the states that the hot path does not touch. The rest follows from them.
+        self._in_state = {State.OPENING: 0, State.SERVICING: 0, State.CLOSING: 0}
+        self._next_idle = self.idle.pop if lifo else self.idle.popleft
+
+    # -- Counts --------------------------------------------------------------------------------------
+
+    @property
+    def opening(self) -> int:
+        return self._in_state[State.OPENING]
+
+    @property
+    def servicing(self) -> int:
+        return self._in_state[State.SERVICING]
+
+    @property
+    def closing(self) -> int:
+        return self._in_state[State.CLOSING]
+
+    @property
+    def open(self) -> int:
+        """Workers that have been opened, and are not being closed."""
+        return len(self.entries) - self.opening - self.closing
+
+    @property
+    def in_use(self) -> int:
+        return self.open - self.servicing - len(self.idle)
+
+    @property
+    def lasting(self) -> int:
+        """Workers that are open, and not about to be replaced."""
+        return self.open - self.expiring
+
+    # -- Changes -------------------------------------------------------------------------------------
+
+    def add(self, entry: Entry[T]) -> None:
+        """Enter a worker that is about to be opened."""
+        self.entries.add(entry)
+        self._in_state[State.OPENING] += 1
+
+    def take_idle(self, now: float) -> Entry[T]:
+        """Make the next idle worker one in use. There must be one: IndexError.
+
+        With `put_idle` this is what every checkout goes through, so the two do no more than they must:
+        they are `move` without its questions.
+        """
+        entry = self._next_idle()
+        entry.state = IN_USE
+        entry.in_use_since = now
+        return entry
+
+    def put_idle(self, entry: Entry[T], now: float) -> None:
+        """Make a worker that was in use an idle one."""
+        entry.state = IDLE
+        entry.idle_since = now
+        self.idle.append(entry)
+
+    def move(self, entry: Entry[T], state: State) -> None:
+        """Change the state of a worker; raise `IllegalTransition` where `TRANSITIONS` forbids it.
+
+        One that becomes idle comes to stand where its `idle_since` says. One that is being closed
+        needs an `evict_reason` first, unless it was never opened.
+        """
+        before = entry.state
+        if state not in TRANSITIONS[before]:
+            raise IllegalTransition(f"from {before.name} to {state.name}")
+        if before is State.IDLE:
+            self.idle.remove(entry)
+        elif before in self._in_state:
+            self._in_state[before] -= 1
+        if before is State.OPENING and state is State.SERVICING:
+            self._counters["started"] += 1
+        if state is State.CLOSING and before is not State.OPENING:
+            assert entry.evict_reason is not None
+            self._counters[REASONS[entry.evict_reason][0]] += 1
+            self.expiring -= entry.is_expiring
+        if state is State.IDLE:
+            position = len(self.idle)
+            for other in reversed(self.idle):
+                if other.idle_since <= entry.idle_since:
+                    break
+                position -= 1
+            self.idle.insert(position, entry)
+        elif state in self._in_state:
+            self._in_state[state] += 1
+        entry.state = state
+
+    def mark(self, entry: Entry[T], reason: Reason) -> None:
+        """Note why a worker has to leave. When it may go follows from the reason: see `Departure`."""
+        self.expiring -= entry.is_expiring
+        entry.evict_reason = reason
+        self.expiring += entry.is_expiring
+
+    def remove(self, entry: Entry[T]) -> None:
+        """Strike off a worker that has been closed."""
+        self.entries.remove(entry)
+        self._in_state[entry.state] -= 1
+
+    # -- The books -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError where the books contradict the entries. Tests call it at each step."""
+        states = Counter(entry.state for entry in self.entries)
+        for state, count in self._in_state.items():
+            assert count == states[state], f"{count} entries were counted in {states}: {state}"
+        assert self.in_use == states[State.IN_USE]
+        assert len(self.idle) == len(set(self.idle)) == states[State.IDLE]
+        assert all(entry.state is State.IDLE and entry in self.entries for entry in self.idle)
+        assert self.expiring == sum(entry.is_expiring for entry in self.entries)
+        times = [entry.idle_since for entry in self.idle]
+        assert times == sorted(times), f"not in the order of their last use: {times}"
+        counters = self._counters
+        departed = sum(counters[counter] for counter in {counter for counter, _ in REASONS.values()})
+        assert counters["started"] == self.open + departed, counters

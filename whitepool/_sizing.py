@@ -1,0 +1,155 @@
+"""How many workers a pool should have, and which of them it should retire or probe.
+
+Every decision here is a function of plain values, and changes nothing. `Starter`, `Maintenance` and
+`Supervisor` ask, and do what follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from ._entry import Entry
+from ._options import Options
+
+T = TypeVar("T")
+
+MIN_MAINTENANCE_FRACTION = 0.05
+"""Maintenance runs at most this often, as a fraction of the shortest period that an option sets,
+because each pass looks at all workers. What comes due in between is done together."""
+
+PROBE_RETRY = 0.05
+"""Seconds after which a probe that was put off, because others are under way, is looked at again."""
+
+
+def how_many_to_start(
+    *, waiting: int, opening: int, lasting: int, target: int, room: int, at_once: int
+) -> int:
+    """Return how many workers to start now; 0 or less means none.
+
+    Args:
+      waiting: tasks in the wait queue.
+      opening: workers that are being opened.
+      lasting: open workers that are not about to be replaced.
+      target: open workers that the pool wants, whether a task waits for them or not.
+      room: workers that the pool may still have.
+      at_once: workers that may be opened at the same time.
+    """
+    # 1. A waiter for whom no worker is being opened gets one. One that is returned may serve the waiter
+    #    sooner; then the new worker is there for the next.
+    for_waiters = waiting - opening
+    # 2. The pool is kept at its size.
+    for_target = target - lasting - opening
+    # 3. Neither may exceed the bounds.
+    return min(max(for_waiters, for_target), room, at_once - opening)
+
+
+def starts_at_once(*, max_starting: int, is_failing: bool, is_pausing: bool) -> int:
+    """Return how many workers may be opened at the same time."""
+    # 1. The pause after a failed start is not over.
+    if is_pausing:
+        return 0
+    # 2. A server that refused is tried by one start at a time. When that succeeds, the others follow.
+    if is_failing:
+        return 1
+    return max_starting
+
+
+def may_retire(
+    *, lasting: int, target: int, open_now: int, total: int, limit: int, is_failing: bool
+) -> bool:
+    """Say whether an open worker that is to be replaced may go now.
+
+    Args:
+      lasting: open workers that are not about to be replaced.
+      target: open workers that the pool wants to keep.
+      open_now: open workers.
+      total: all workers, those included that are being opened or closed.
+      limit: workers that the pool may have.
+      is_failing: the last start failed.
+    """
+    # 1. Its replacement is there.
+    if lasting >= target:
+        return True
+    # 2. There is no room to open the replacement first, so a worker has to make room for it: one at a
+    #    time, and not while the server refuses new ones.
+    return open_now == total >= limit and not is_failing
+
+
+def shortest_period(options: Options) -> float:
+    """Return the seconds within which no worker can come due that is not idle yet."""
+    # A tenth less, because that is the jitter of an entry.
+    return 0.9 * min(
+        options.overflow_ttl or math.inf,
+        options.idle_timeout,
+        options.max_lifetime,
+        options.check_interval,
+    )
+
+
+def next_maintenance(now: float, due: float, shortest: float) -> float:
+    """Return when maintenance runs again, when the first worker that is known of comes due at `due`."""
+    return max(now + MIN_MAINTENANCE_FRACTION * shortest, min(due, now + shortest))
+
+
+# The following return the entries that are due, and the time at which the first of the others is.
+
+
+def surplus(
+    idle: Sequence[Entry[T]], excess: int, overflow_ttl: float, now: float
+) -> tuple[list[Entry[T]], float]:
+    """Find up to `excess` workers, the longest idle first, that were idle for `overflow_ttl`."""
+    found: list[Entry[T]] = []
+    for entry in list(idle)[: max(0, excess)]:
+        due = entry.idle_since + overflow_ttl
+        if due > now:
+            return found, due
+        found.append(entry)
+    return found, math.inf
+
+
+def lifetime_expired(entries: Iterable[Entry[T]], now: float) -> tuple[list[Entry[T]], float]:
+    """Find open workers past their `max_lifetime`."""
+    staying = [entry for entry in entries if entry.is_open and entry.evict_reason is None]
+    found = [entry for entry in staying if entry.expires_at <= now]
+    return found, min(
+        (entry.expires_at for entry in staying if entry.expires_at > now), default=math.inf
+    )
+
+
+def idle_expired(
+    idle: Iterable[Entry[T]], idle_timeout: float, now: float
+) -> tuple[list[Entry[T]], float]:
+    """Find idle workers that were not used for `idle_timeout`."""
+    found: list[Entry[T]] = []
+    next_due = math.inf
+    for entry in idle:
+        if entry.evict_reason is None:
+            due = entry.idle_since + idle_timeout * entry.jitter
+            if due <= now:
+                found.append(entry)
+            else:
+                next_due = min(next_due, due)
+    return found, next_due
+
+
+def probe_due(
+    idle: Sequence[Entry[T]], probing: int, check_interval: float, now: float
+) -> tuple[list[Entry[T]], float]:
+    """Find idle workers that have given no sign of life for `check_interval`.
+
+    `probing` workers are being probed already. No more than half of those that no client holds are
+    probed at the same time, so that a probe delays no client that another worker could serve.
+    """
+    found: list[Entry[T]] = []
+    next_due = math.inf
+    room = max(1, (len(idle) + probing) // 2) - probing
+    for entry in idle:
+        if entry.can_be_checked and entry.evict_reason is None:
+            due = max(entry.idle_since, entry.probed_at) + check_interval * entry.jitter
+            if due <= now and len(found) < room:
+                found.append(entry)
+            else:
+                next_due = min(next_due, max(due, now + PROBE_RETRY))
+    return found, next_due

@@ -1,0 +1,132 @@
+"""Starts: how many are due, what became of them, and when opening the pool has succeeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import trio
+
+from . import _sizing as sizing
+from ._backoff import EARLY_DEATH_WINDOW, Backoff, EarlyDeaths
+from ._entry import Entry
+from ._errors import PoolStartError
+from ._hooks import Reason
+from ._log import ThrottledLog, log
+from ._options import Options
+from ._roster import Roster
+from ._statistics import Counters
+
+T = TypeVar("T")
+
+
+class Starter(Generic[T]):
+    """Keeps account of the starts of one pool, and says how many are due."""
+
+    def __init__(
+        self, roster: Roster[T], options: Options, counters: Counters, warnings: ThrottledLog
+    ) -> None:
+        self.backoff = Backoff()
+        self.opened = trio.Event()
+        """Set when the pool has its workers, or never will have: `final_error`."""
+        self.final_error: PoolStartError | None = None
+        """Why the pool can't be opened, and it is pointless to try again."""
+        self._roster = roster
+        self._options = options
+        self._counters = counters
+        self._warnings = warnings
+        self._limit = options.pool_size + options.max_overflow
+        self._early_deaths = EarlyDeaths(most=self._limit)
+        self._observers: list[Callable[[float], None]] = []
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last start failed."""
+        return self.backoff.last_error is not None
+
+    @property
+    def target(self) -> int:
+        """Workers to keep open, whether a task waits for them or not."""
+        return 0 if self._options.lazy else self._options.pool_size
+
+    def how_many(self, *, waiting: int, draining: bool, now: float) -> int:
+        """Return how many workers to start now; 0 or less means none."""
+        roster = self._roster
+        return sizing.how_many_to_start(
+            waiting=waiting,
+            opening=roster.opening,
+            lasting=roster.lasting,
+            target=0 if draining else self.target,
+            room=self._limit - len(roster.entries),
+            at_once=sizing.starts_at_once(
+                max_starting=self._options.max_starting,
+                is_failing=self.is_failing,
+                is_pausing=now < self.backoff.retry_at,
+            ),
+        )
+
+    def may_retire(self) -> bool:
+        """Say whether an idle worker that is to be replaced may go now."""
+        roster = self._roster
+        return sizing.may_retire(
+            lasting=roster.lasting,
+            target=self.target,
+            open_now=roster.open,
+            total=len(roster.entries),
+            limit=self._limit,
+            is_failing=self.is_failing,
+        )
+
+    def on_opened(self, entry: Entry[T]) -> None:
+        """Note that a worker has been opened."""
+        if self.is_failing:
+            log.warning("start_recovered", pool=self._options.name, failures=self.backoff.failures)
+        self.backoff.succeeded()
+        for observe in self._observers:
+            observe(entry.opening_time)
+
+    def on_failed(self, error: Exception, begun: float, now: float) -> None:
+        """Note that a worker could not be opened; that had begun at the time `begun`."""
+        self._counters["start_failures"] += 1
+        self.backoff.failed(error, begun=begun, now=now)
+        self._warnings.warning("start_failed", error=str(error))
+        if isinstance(error, PoolStartError) and not self.opened.is_set():
+            self.final_error = error
+            self.opened.set()
+
+    def on_lost(self, entry: Entry[T], reason: Reason, now: float) -> bool:
+        """Note that an open worker has died; say whether that counts as a failed start.
+
+        It does where workers keep dying early. Otherwise they would be replaced without end, and
+        without a pause.
+        """
+        if not self._early_deaths.too_many(opened_at=entry.opened_at, now=now):
+            return False
+        error = ConnectionError(f"workers are lost within {EARLY_DEATH_WINDOW} s of opening: {reason}")
+        self.backoff.failed(error, begun=entry.opened_at, now=now)
+        return True
+
+    def set_opened_if_complete(self) -> None:
+        """Note that the pool is open where all its workers are there, and ready."""
+        if self._roster.open - self._roster.servicing >= self.target:
+            self.opened.set()
+
+    async def wait_opened(self) -> None:
+        """Return when the pool has its `pool_size` workers. Raises `PoolStartError`."""
+        options = self._options
+        with trio.move_on_after(options.start_timeout):
+            await self.opened.wait()
+        if self.final_error is not None:
+            raise self.final_error
+        if not self.opened.is_set():
+            raise PoolStartError(
+                f"{options.name}: {self._roster.open} of {options.pool_size} workers started "
+                f"within {options.start_timeout} s"
+            ) from self.backoff.last_error
+
+    def observe(self, observe: Callable[[float], None]) -> None:
+        """Report the seconds that each worker took to open: those that are open, and those to come."""
+        for entry in self._roster.entries:
+            if entry.is_open:
+                observe(entry.opening_time)
+        self._observers.append(observe)

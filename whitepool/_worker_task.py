@@ -1,0 +1,227 @@
+"""The task in which one worker lives, from before it is opened until it has been closed.
+
+Everything that takes time happens to a worker in this task: opening, resetting, probing, closing. So
+whatever the worker opened (a nursery, a cancel scope) is left in the task that entered it, as Trio
+demands, and a crash of its background tasks arrives here, like an exit signal in Erlang.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+import trio
+from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
+
+from ._entry import Entry, State
+from ._errors import unwrapped
+from ._hooks import Reason, call
+from ._manager import WorkerManager, close_timeout, manager_of
+from ._options import Options
+
+T = TypeVar("T")
+
+
+class Owner(Protocol[T]):
+    """What a worker task reports, in the order in which it may happen."""
+
+    def on_opened(self, entry: Entry[T]) -> None:
+        """The worker is open, and serviced until `on_ready`."""
+
+    def on_open_failed(self, entry: Entry[T], error: Exception, begun: float) -> None:
+        """The worker could not be opened; that had begun at the time `begun`."""
+
+    def on_ready(self, entry: Entry[T]) -> None:
+        """The worker may be handed out: it is new, has been reset, or has answered a probe."""
+
+    def on_service_failed(self, entry: Entry[T], reason: Reason, error: Exception) -> None:
+        """The worker could not be reset, or does not answer. It has to leave."""
+
+    def on_hook_failed(self, hook: str, error: Exception) -> None:
+        """A hook has failed whose failure changes nothing."""
+
+    def on_closing(self, entry: Entry[T]) -> None:
+        """The worker is about to be closed. Where its state is not CLOSING yet, it has crashed."""
+
+    def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
+        """The worker has been closed, or has never been opened. `error` is what went wrong last."""
+
+
+class WorkerTask(Generic[T]):
+    """Runs one worker. The owner tells it what to do, and it reports to the owner.
+
+    Three methods tell it what to do; they return at once, and the task does it: `reset`, `probe`, and
+    `close`. The first two need an entry whose state is SERVICING, the last one whose state is CLOSING.
+    """
+
+    __slots__ = (
+        "_activity",
+        "_entry",
+        "_job",
+        "_life",
+        "_manager",
+        "_options",
+        "_owner",
+        "_parking_lot",
+    )
+
+    def __init__(
+        self, entry: Entry[T], owner: Owner[T], manager: WorkerManager[T], options: Options
+    ) -> None:
+        self._entry = entry
+        self._owner = owner
+        self._manager = manager
+        self._options = options
+        # Only the owner ends a worker: a client that is being cancelled may still need it. The owner
+        # may do so before the task has begun.
+        self._life = trio.CancelScope(shield=True)
+        self._activity = trio.CancelScope()
+        self._job: Callable[[], Awaitable[None]] | None = None
+        self._parking_lot = ParkingLot()
+
+    def reset(self) -> None:
+        """Have the worker made ready for its next client: by the hook `on_checkin`, and a reset."""
+        self._wake_for(self._reset_with_hooks)
+
+    def probe(self) -> None:
+        """Have the worker asked for a sign of life."""
+        self._wake_for(self._probe)
+
+    def close(self, *, is_open: bool) -> None:
+        """Have the worker closed; where it is not open yet, have the opening given up."""
+        if is_open:
+            self._activity.cancel()
+            self._parking_lot.unpark()
+        else:
+            self._life.cancel()
+
+    def _wake_for(self, job: Callable[[], Awaitable[None]]) -> None:
+        self._job = job
+        self._parking_lot.unpark()
+
+    # A Ctrl-C belongs to the main task, not to the worker task that happens to run.
+    @enable_ki_protection
+    async def run(self) -> None:
+        """Open the worker, do the jobs, close the worker. An error is reported, never raised."""
+        entry, options, owner = self._entry, self._options, self._owner
+        begun = trio.current_time()
+        was_opened = False
+        failure: Exception | None = None
+        self._life.deadline = begun + options.start_timeout
+        close_timeout.set(options.close_timeout)
+        try:
+            with self._life:
+                async with self._manager.lifespan() as entry.worker:
+                    try:
+                        await call(options.hooks.on_create, entry.worker)
+                        # One that opened after its time is a failed start, also where nothing waited.
+                        await checkpoint_if_cancelled()
+                        self._bind_callbacks()
+                        if entry.state is State.OPENING:
+                            self._life.deadline = math.inf
+                            entry.opening_time = entry.opened_at - begun
+                            was_opened = True
+                            owner.on_opened(entry)
+                            await self._do_jobs()
+                    except Exception as error:
+                        # Closing may take longer than its bound, and its error would hide this one.
+                        failure = error
+                        raise
+                    finally:
+                        if was_opened:
+                            owner.on_closing(entry)
+                        self._life.deadline = trio.current_time() + options.close_timeout
+        except Exception as error:
+            failure = unwrapped(error)
+        if was_opened:
+            if self._life.cancelled_caught:
+                failure = trio.TooSlowError(f"not closed within {options.close_timeout} s")
+            await self._call_quietly("on_destroy", options.close_timeout, entry.evict_reason)
+        elif entry.state is State.OPENING:
+            too_slow = trio.TooSlowError(f"not open within {options.start_timeout} s")
+            owner.on_open_failed(entry, failure or too_slow, begun)
+        owner.on_closed(entry, failure)
+
+    def _bind_callbacks(self) -> None:
+        """Note in the entry what there is to ask of the worker when it changes hands.
+
+        Only the methods that the manager overrides are called then: a default would cost a call each
+        time, and change nothing.
+        """
+        entry = self._entry
+        manager = self._manager = manager_of(entry.worker, self._manager)
+        kind = type(manager)
+        if kind.is_alive is not WorkerManager.is_alive:
+            entry.is_alive = manager.is_alive
+        if kind.needs_reset is not WorkerManager.needs_reset:
+            entry.needs_reset = manager.needs_reset
+        entry.can_be_checked = kind.check is not WorkerManager.check
+        fileno = entry.fileno = manager.fileno(entry.worker)
+        if not (fileno is None or isinstance(fileno, int)):
+            raise TypeError(f"fileno must return an int or None, not {fileno!r}")
+        entry.opened_at = entry.probed_at = now = trio.current_time()
+        entry.expires_at = now + self._options.max_lifetime * entry.jitter
+
+    # -- Jobs ----------------------------------------------------------------------------------------
+
+    async def _do_jobs(self) -> None:
+        """Do what the owner asks for, until the worker has to be closed."""
+        self._owner.on_ready(self._entry)
+        while self._entry.state is not State.CLOSING:
+            if self._job is None:
+                await self._parking_lot.park()
+                continue
+            job, self._job = self._job, None
+            await job()
+
+    async def _reset_with_hooks(self) -> None:
+        on_checkin = self._options.hooks.on_checkin
+        if on_checkin is not None and not await self._attempt(
+            "hook_failed", lambda: call(on_checkin, self._entry.worker)
+        ):
+            return
+        if self._entry.needs_reset is not None and not await self._attempt(
+            "reset_failed", self._reset_where_needed
+        ):
+            return
+        self._owner.on_ready(self._entry)
+        await self._call_quietly("after_release", self._options.reset_timeout)
+
+    async def _reset_where_needed(self) -> None:
+        # Asked after the hook, because the hook may have left something to reset.
+        needs_reset, worker = self._entry.needs_reset, self._entry.worker
+        if needs_reset is not None and needs_reset(worker):
+            await self._manager.reset(worker)
+
+    async def _probe(self) -> None:
+        if await self._attempt("check_failed", lambda: self._manager.check(self._entry.worker)):
+            self._entry.probed_at = trio.current_time()
+            self._owner.on_ready(self._entry)
+
+    async def _attempt(self, reason: Reason, job: Callable[[], Awaitable[None]]) -> bool:
+        """Do something to the worker within `reset_timeout`, and say whether it succeeded.
+
+        Where it did not, the worker has to leave for that reason.
+        """
+        timeout = self._options.reset_timeout
+        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
+        if self._entry.state is State.CLOSING:
+            self._activity.cancel()
+        try:
+            with self._activity:
+                await job()
+                return True
+            raise trio.TooSlowError(f"not done within {timeout} s")
+        except Exception as error:
+            self._owner.on_service_failed(self._entry, reason, error)
+        return False
+
+    async def _call_quietly(self, hook: str, timeout: float, *arguments: object) -> None:
+        """Call a hook, within so many seconds, whose failure changes nothing."""
+        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
+        try:
+            with self._activity:
+                await call(getattr(self._options.hooks, hook), *arguments)
+        except Exception as error:
+            self._owner.on_hook_failed(hook, error)
