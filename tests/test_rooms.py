@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import whitepool
+from whitepool._entry import TRANSITIONS, State
 
 PACKAGE = Path(whitepool.__file__).parent
 ROOT = PACKAGE.parent
@@ -49,3 +50,13 @@ def test_only_the_roster_changes_a_state() -> None:
     }
     assert writers == {"_roster.py", "_entry.py"}
     assert (PACKAGE / "_entry.py").read_text().count(".state = ") == 1
+
+
+def test_the_picture_of_a_life_shows_the_states() -> None:
+    """Every state is a box in it, and every transition that the code allows is an arrow."""
+    picture = (ROOT / "docs" / "pictures" / "life-of-a-worker.svg").read_text()
+    assert set(re.findall(r'data-state="(\w+)"', picture)) == {state.name for state in State}
+    arrows = re.findall(r'data-from="(\w+)" data-to="(\w+)"', picture)
+    allowed = {(state.name, after.name) for state, then in TRANSITIONS.items() for after in then}
+    assert len(arrows) == len(set(arrows))
+    assert set(arrows) == allowed
