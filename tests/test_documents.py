@@ -108,7 +108,7 @@ def reachable(
             params = {**params, "host": "127.0.0.1", "port": server.port}
         return list(conninfo_attempts(params))
 
-    monkeypatch.setattr("whitepool.postgres._connection.conninfo_attempts", lead_home)
+    monkeypatch.setattr("whitepool.postgres._connecting.conninfo_attempts", lead_home)
     return environment
 
 

@@ -39,7 +39,7 @@ from psycopg.rows import dict_row
 from psycopg.types.string import TextLoader
 from trio.testing import wait_all_tasks_blocked
 
-from whitepool.postgres import TrioConnection, _connection, connect
+from whitepool.postgres import TrioConnection, _connecting, _connection, connect
 
 Connection = TrioConnection[Any]
 IDLE, INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
@@ -333,7 +333,7 @@ async def test_a_timeout_is_an_error_of_its_own(
 ) -> None:
     """A connect that took too long is a ConnectionTimeout."""
     # The test above has shown where the timeout comes from; this one need not wait as long.
-    monkeypatch.setattr(_connection, "timeout_from_conninfo", lambda _: 0.05)
+    monkeypatch.setattr(_connecting, "timeout_from_conninfo", lambda _: 0.05)
     with pytest.raises(psycopg.errors.ConnectionTimeout, match="timeout expired"):
         await connect(host="127.0.0.1", port=silent_port)
 
@@ -344,7 +344,7 @@ async def test_an_abandoned_connect_closes_its_socket(
 ) -> None:
     """A connect that is cancelled, or takes too long, leaves no open socket behind."""
     if how == "timed out":
-        monkeypatch.setattr(_connection, "timeout_from_conninfo", lambda _: 0.05)
+        monkeypatch.setattr(_connecting, "timeout_from_conninfo", lambda _: 0.05)
     listener = trio.socket.socket()
     await listener.bind(("127.0.0.1", 0))
     listener.listen()

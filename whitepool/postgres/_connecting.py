@@ -1,19 +1,112 @@
-"""Connecting: one attempt, and what to know and to say about several."""
+"""Connecting: what may be asked for, one attempt, several attempts, and what their failures mean."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from typing import Any
 
 import psycopg
+import trio
 from psycopg import errors, pq
-from psycopg.abc import ConnDict
+from psycopg.abc import ConnDict, ConnParam
+from psycopg.conninfo import (
+    conninfo_attempts,
+    conninfo_to_dict,
+    make_conninfo,
+    timeout_from_conninfo,
+)
 
 from ._waiting import poll
 
+# The keywords of `connect` that are psycopg's. All others are libpq's.
+_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
 
-async def connect_once(conninfo: str) -> pq.abc.PGconn:
-    """Make one attempt to connect."""
+# Refusals that the server, or libpq, repeats however often it is asked. There is no code to know them
+# by: a connection that is not open yet has no SQLSTATE, and libpq gives nothing but the text.
+_FINAL = re.compile(
+    r"password authentication failed|no password supplied|authentication failed for user"
+    r"|no pg_hba\.conf entry|pg_hba\.conf rejects connection"
+    r"|(database|role) \".*\" does not exist|no such (database|user)"
+    r"|permission denied for database|is not permitted to log in"
+    r"|certificate verify failed|server certificate for .* does not match host name"
+    r"|server does not support SSL|root certificate file \".*\" does not exist"
+    r"|invalid \w+ value",  # of an option such as sslmode
+    re.DOTALL,
+)
+
+
+def validate(conninfo: str, keywords: dict[str, Any]) -> None:
+    """Raise `ValueError` if libpq would refuse a connection string, or a keyword of `connect`.
+
+    The message quotes no value, because it may be a password, or a part of one.
+    """
+    libpq_keywords = {key: keywords[key] for key in keywords if key not in _OF_PSYCOPG}
+    problem = None
+    try:
+        make_conninfo(**libpq_keywords)
+    except psycopg.ProgrammingError as error:
+        # libpq quotes the name of the keyword here, and not its value.
+        raise ValueError(f"a keyword for connecting is not valid: {error}".strip()) from None
+    try:
+        make_conninfo(conninfo)
+        params = conninfo_to_dict(conninfo, **libpq_keywords)
+        timeout_from_conninfo(params)
+        # If an @ or a / in a password is not escaped in a URL, the rest of the password looks like a
+        # host or a port. A host that begins with @ is an abstract socket, and a path may have an @.
+        if re.search(r"(^|,)[^/,][^,]*@", str(params.get("host") or "")):
+            problem = "a host can't have an @ in it (in a URL, write that of a password as %40)"
+        elif not re.fullmatch(r"[\d,\s]*", str(params.get("port") or "")):
+            problem = "port must be a number (in a URL, write the / of a password as %2F)"
+    except psycopg.ProgrammingError as error:
+        # libpq quotes what it can't parse, and that may be a part of a password.
+        timeout = re.match(r"bad value for connect_timeout", str(error))
+        problem = timeout[0] if timeout else "it can't be parsed, or has an unknown option"
+    if problem is not None:
+        raise ValueError(f"conninfo is not valid: {problem}")
+
+
+async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.abc.PGconn:
+    """Return a connection to the first of the hosts, and of their addresses, that accepts one.
+
+    Each attempt may take `connect_timeout`. If that is not given, it may take an equal share of the
+    time until the task's deadline, because psycopg's default is longer than most deadlines: a host
+    that does not answer must leave time for the others. Raises `psycopg.OperationalError`.
+    """
+    params = conninfo_to_dict(conninfo, **keywords)
+    timeout: float = timeout_from_conninfo(params)
+    timeout_is_given = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
+    if _has_names_to_resolve(params):
+        # A resolver may take minutes: a task that is cancelled does not wait for it.
+        attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
+    else:
+        attempts = conninfo_attempts(params)
+    # psycopg has made one attempt of each host and each of its addresses, in the order in which libpq
+    # would try them.
+    failures: list[tuple[str, psycopg.Error]] = []
+    for number, attempt in enumerate(attempts):
+        seconds = timeout
+        if not timeout_is_given:
+            remaining = trio.current_effective_deadline() - trio.current_time()
+            seconds = min(timeout, max(0, remaining) / (len(attempts) - number))
+        try:
+            # Only this one attempt is cancelled, and the next host gets its turn. A deadline of the
+            # task itself cancels what is outside, too, and ends the attempts.
+            with trio.move_on_after(seconds):
+                return await _connect_once(make_conninfo("", **attempt))
+            raise errors.ConnectionTimeout("connection timeout expired")
+        except psycopg.Error as error:
+            where = ", ".join(f"{key}: {attempt.get(key)!r}" for key in ("host", "port", "hostaddr"))
+            failures.append((where, error))
+    raise _all_failed(failures)
+
+
+async def _connect_once(conninfo: str) -> pq.abc.PGconn:
+    """Make one attempt, and return a connection in non-blocking mode, as psycopg wants it.
+
+    An attempt that fails or is cancelled leaves no socket open.
+    """
     pgconn = pq.PGconn.connect_start(conninfo.encode())
     try:
         if pgconn.status == pq.ConnStatus.BAD:
@@ -21,6 +114,7 @@ async def connect_once(conninfo: str) -> pq.abc.PGconn:
                 f"connection is bad: {pgconn.get_error_message()}", pgconn=pgconn
             )
         if not await poll(pgconn.connect_poll, lambda: pgconn.socket):
+            # The error keeps what is known about the connection, and not the connection itself.
             raise psycopg.OperationalError(
                 f"connection failed: {pgconn.get_error_message()}",
                 pgconn=errors.finish_pgconn(pgconn),
@@ -32,8 +126,11 @@ async def connect_once(conninfo: str) -> pq.abc.PGconn:
     return pgconn
 
 
-def all_failed(failures: list[tuple[str, psycopg.Error]]) -> psycopg.Error:
-    """Make one error of those of all attempts, with the class of the last."""
+def _all_failed(failures: list[tuple[str, psycopg.Error]]) -> psycopg.Error:
+    """Return the error of the last attempt, with the errors of all attempts in its message.
+
+    The message is psycopg's own, line by line; `is_final` reads it.
+    """
     last = failures[-1][1]
     if len(failures) == 1:
         return last
@@ -45,8 +142,25 @@ def all_failed(failures: list[tuple[str, psycopg.Error]]) -> psycopg.Error:
     return type(last)("\n".join(lines), pgconn=last.pgconn)
 
 
-def has_names_to_resolve(params: ConnDict) -> bool:
-    """Say whether psycopg would look up a host, which blocks."""
+def is_final(error: psycopg.OperationalError) -> bool:
+    """Return whether every host refused for a reason that another attempt would only repeat.
+
+    `error` is one that `connect_to_first` raised. A host has refused for good if one of its addresses
+    has: ``localhost`` has two, and a server often listens on one of them only.
+    """
+    hosts: dict[str, bool] = {}
+    for line in str(error).splitlines():
+        if line.startswith("- host"):
+            host = line.partition(", hostaddr: ")[0]
+            hosts[host] = hosts.get(host, False) or bool(_FINAL.search(line))
+    return all(hosts.values()) if hosts else bool(_FINAL.search(str(error)))
+
+
+def _has_names_to_resolve(params: ConnDict) -> bool:
+    """Return whether psycopg would look up the name of a host, which blocks.
+
+    It does not if there is an address for each host, or if each host is a socket or an address.
+    """
     hosts = str(params.get("host") or os.environ.get("PGHOST", "")).split(",")
     addresses = str(params.get("hostaddr") or os.environ.get("PGHOSTADDR", "")).split(",")
     if len(addresses) == len(hosts) and all(addresses):
@@ -55,10 +169,12 @@ def has_names_to_resolve(params: ConnDict) -> bool:
 
 
 def _is_path(host: str) -> bool:
+    """Return whether a host is the folder of a Unix socket; a drive letter counts, as for psycopg."""
     return host.startswith("/") or host[1:2] == ":"
 
 
 def _is_address(host: str) -> bool:
+    """Return whether a host is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -7,7 +7,6 @@ lock, the wait for a query, cancelling and closing. The rest is psycopg's own.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -19,12 +18,6 @@ import trio
 from psycopg import AsyncPipeline, capabilities, errors, generators, pq
 from psycopg.abc import RV, AdaptContext, ConnParam, PQGen
 from psycopg.adapt import AdaptersMap
-from psycopg.conninfo import (
-    conninfo_attempts,
-    conninfo_to_dict,
-    make_conninfo,
-    timeout_from_conninfo,
-)
 from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import AsyncTransaction
 from psycopg.waiting import Wait
@@ -33,7 +26,7 @@ from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled, e
 from .._manager import WorkerManager
 from .._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
-from ._connecting import all_failed, connect_once, has_names_to_resolve
+from ._connecting import connect_to_first
 from ._waiting import drive, poll, ready_now
 
 if TYPE_CHECKING:
@@ -143,33 +136,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         for which `connect_timeout` counts. Where that is not given, and there is a deadline, the
         attempts share the time that is left. Raises `psycopg.OperationalError`.
         """
-        params = conninfo_to_dict(conninfo, **kwargs)
-        timeout = timeout_from_conninfo(params)
-        is_given = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
-        if has_names_to_resolve(params):
-            attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
-        else:
-            attempts = conninfo_attempts(params)
-        failures: list[tuple[str, psycopg.Error]] = []
-        for number, attempt in enumerate(attempts):
-            share: float = timeout
-            if not is_given:
-                # psycopg's default is longer than most deadlines: leave time for the other hosts.
-                remaining = trio.current_effective_deadline() - trio.current_time()
-                share = min(timeout, max(0, remaining) / (len(attempts) - number))
-            try:
-                with trio.move_on_after(share):
-                    pgconn = await connect_once(make_conninfo("", **attempt))
-                    break
-                raise errors.ConnectionTimeout("connection timeout expired")
-            except psycopg.Error as error:
-                where = ", ".join(
-                    f"{key}: {attempt.get(key)!r}" for key in ("host", "port", "hostaddr")
-                )
-                failures.append((where, error))
-        else:
-            raise all_failed(failures)
-        connection = cls(pgconn)
+        connection = cls(await connect_to_first(conninfo, kwargs))
         connection._autocommit = bool(autocommit)
         if row_factory:
             connection.row_factory = row_factory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Union
@@ -11,7 +10,6 @@ import psycopg
 from psycopg import pq
 from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
-from psycopg.conninfo import conninfo_to_dict, make_conninfo, timeout_from_conninfo
 from psycopg.generators import execute
 
 from .._errors import PoolStartError
@@ -19,6 +17,7 @@ from .._manager import WorkerManager
 from .._options import Options
 from .._pool import Pool
 from .._session import Session
+from ._connecting import is_final, validate
 from ._connection import TrioConnection
 from ._waiting import drive
 
@@ -62,18 +61,6 @@ _CLIENT_SIDE = (
     "server_cursor_factory",
     "prepare_threshold",
     "prepared_max",
-)
-
-# Refusals that will be repeated however often one asks. libpq gives nothing but their text.
-_FINAL = re.compile(
-    r"password authentication failed|no password supplied|authentication failed for user"
-    r"|no pg_hba\.conf entry|pg_hba\.conf rejects connection"
-    r"|(database|role) \".*\" does not exist|no such (database|user)"
-    r"|permission denied for database|is not permitted to log in"
-    r"|certificate verify failed|server certificate for .* does not match host name"
-    r"|server does not support SSL|root certificate file \".*\" does not exist"
-    r"|invalid \w+ value",
-    re.DOTALL,
 )
 
 
@@ -152,7 +139,7 @@ class PostgresManager(ConnectionManager):
             raise ValueError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
         if not isinstance(reset, str) and not callable(reset):
             raise TypeError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
-        _validate(conninfo, connect_keywords)
+        validate(conninfo, connect_keywords)
         self._conninfo = conninfo
         self._configure = configure
         self._reset = reset
@@ -166,7 +153,7 @@ class PostgresManager(ConnectionManager):
         try:
             connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
         except psycopg.OperationalError as error:
-            if _is_final(error):
+            if is_final(error):
                 raise PoolStartError(str(error)) from error
             raise
         try:
@@ -253,43 +240,3 @@ def _forget_client(connection: Connection, new: dict[str, Any], context: AdaptCo
     # The server has forgotten all prepared statements.
     connection._prepared.clear()
     connection._prepared._to_flush.clear()
-
-
-def _validate(conninfo: str, keywords: dict[str, Any]) -> None:
-    """Raise `ValueError` where libpq would refuse a connection string, or a keyword."""
-    ours = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
-    theirs = {key: keywords[key] for key in keywords if key not in ours}
-    what = None
-    try:
-        make_conninfo(**theirs)
-    except psycopg.ProgrammingError as error:
-        raise ValueError(f"a keyword for connecting is not valid: {error}".strip()) from None
-    try:
-        make_conninfo(conninfo)
-        params = conninfo_to_dict(conninfo, **theirs)
-        timeout_from_conninfo(params)
-        # An @ or a / in a password that is not escaped in a URL: the rest of it looks like a host.
-        # One that begins with an @ is an abstract socket, and that of a path may have any name.
-        if re.search(r"(^|,)[^/,][^,]*@", str(params.get("host") or "")):
-            what = "a host can't have an @ in it (in a URL, write that of a password as %40)"
-        elif not re.fullmatch(r"[\d,\s]*", str(params.get("port") or "")):
-            what = "port must be a number (in a URL, write the / of a password as %2F)"
-    except psycopg.ProgrammingError as error:
-        # libpq says what is wrong by quoting it, and it may be a password.
-        timeout = re.match(r"bad value for connect_timeout", str(error))
-        what = timeout[0] if timeout else "it can't be parsed, or has an unknown option"
-    if what is not None:
-        raise ValueError(f"conninfo is not valid: {what}")
-
-
-def _is_final(error: psycopg.OperationalError) -> bool:
-    """Say whether every host refused for a reason that will not go away by itself.
-
-    One of its addresses is enough: ``localhost`` has two, and a server often listens on one.
-    """
-    hosts: dict[str, bool] = {}
-    for line in str(error).splitlines():
-        if line.startswith("- host"):
-            host = line.partition(", hostaddr: ")[0]
-            hosts[host] = hosts.get(host, False) or bool(_FINAL.search(line))
-    return all(hosts.values()) if hosts else bool(_FINAL.search(str(error)))
