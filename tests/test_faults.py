@@ -448,7 +448,7 @@ async def test_silence_during_a_query(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that gives up on a silent server leaves a closed connection, which is replaced."""
-    monkeypatch.setattr("whitepool.postgres._connection.CLEANUP_TIMEOUT", 0.4)
+    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 0.4)
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
             dsn = make_conninfo(server.dsn, **proxy.address)
@@ -477,7 +477,7 @@ async def test_silence_during_a_query_with_an_older_libpq(
         with trio.CancelScope(shield=not abandon_on_cancel):
             await trio.sleep(3)
 
-    monkeypatch.setattr("whitepool.postgres._connection.CLEANUP_TIMEOUT", 0.4)
+    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 0.4)
     monkeypatch.setattr("psycopg.capabilities.has_cancel_safe", lambda: False)
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
@@ -496,7 +496,7 @@ async def test_silence_when_a_transaction_is_left(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rollback that gets no answer delays a cancelled task by the time for cleaning up, once."""
-    monkeypatch.setattr("whitepool.postgres._connection.CLEANUP_TIMEOUT", 1.0)
+    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 1.0)
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
             connection = await connect(make_conninfo(server.dsn, **proxy.address))

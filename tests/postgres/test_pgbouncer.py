@@ -19,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import TrioConnection, _connection, connect, open_pool
+from whitepool.postgres import TrioConnection, _cancelling, connect, open_pool
 
 pytestmark = pytest.mark.pgbouncer
 
@@ -230,7 +230,7 @@ async def test_a_query_that_waits_for_a_server_connection_is_cancelled(
 ) -> None:
     """A query that PgBouncer has not even passed on can be cancelled, and the pool stays whole."""
     # PgBouncer ignores a request to cancel what it has not passed on: the connection is given up.
-    monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.5)
+    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.5)
     with trio.fail_after(10):
         async with open_pool(
             bouncer.dsn, prepare_threshold=None, pool_size=SERVER_CONNECTIONS + 1

@@ -39,7 +39,7 @@ from psycopg.rows import dict_row
 from psycopg.types.string import TextLoader
 from trio.testing import wait_all_tasks_blocked
 
-from whitepool.postgres import TrioConnection, _connecting, _connection, connect
+from whitepool.postgres import TrioConnection, _cancelling, _connecting, _connection, connect
 
 Connection = TrioConnection[Any]
 IDLE, INTRANS = TransactionStatus.IDLE, TransactionStatus.INTRANS
@@ -887,7 +887,7 @@ async def test_a_cancellation_that_overtakes_its_query_is_repeated(
 ) -> None:
     """The server ignores a request to cancel what it has not begun, so one request is not enough."""
     requests = 0
-    ask = connection._try_cancel
+    ask = connection.cancel_safe
 
     async def ignored_at_first() -> None:
         nonlocal requests
@@ -895,7 +895,7 @@ async def test_a_cancellation_that_overtakes_its_query_is_repeated(
         if requests > 2:
             await ask()
 
-    monkeypatch.setattr(connection, "_try_cancel", ignored_at_first)
+    monkeypatch.setattr(connection, "cancel_safe", ignored_at_first)
     with trio.fail_after(4), trio.CancelScope() as scope:
         async with connection.pipeline():
             await connection.execute(SLOW)
@@ -1202,7 +1202,7 @@ async def test_leaving_normally_where_nothing_reaches_the_server_is_no_lie(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A task never gets past its `async with connection` where the commit had to be given up."""
-    monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.2)
+    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.2)
     got_past = False
     async with open_proxy("127.0.0.1", server.port) as proxy:
         with trio.CancelScope() as scope:
@@ -1456,7 +1456,7 @@ async def test_a_server_that_ignores_a_request_to_cancel(
     dsn: str, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, by_thread: bool
 ) -> None:
     """Where a query does not end however often it is cancelled, the connection is closed in the end."""
-    monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.5)
+    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.5)
     connection = await connect(dsn)
     mine = backend(connection)
     async with trio.open_nursery() as nursery:
@@ -1477,7 +1477,7 @@ async def test_a_network_that_swallows_a_request_to_cancel(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, by_thread: bool
 ) -> None:
     """Where a request to cancel is never answered, the connection is closed after a bounded time."""
-    monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.3)
+    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.3)
     patience = 2.0
 
     async def lose_patience() -> None:
@@ -1598,7 +1598,7 @@ def test_ctrl_c_while_a_pipeline_is_left(dsn: str, monkeypatch: pytest.MonkeyPat
             with pytest.raises(KeyboardInterrupt):
                 async with connection.pipeline():
                     await connection.execute(SLOW)
-                    monkeypatch.setattr(TrioConnection, "_stop", unfinished)
+                    monkeypatch.setattr(_connection, "cancel_operation", unfinished)
                     press_ctrl_c(wait_all_tasks_blocked)
             assert connection.closed
 
@@ -1612,7 +1612,7 @@ async def test_a_block_that_cannot_be_left_in_order(
     dsn: str, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, block: str, left_by: str
 ) -> None:
     """Where the server does not answer when a block is left, a cancellation still ends the waiting."""
-    monkeypatch.setattr(_connection, "CLEANUP_TIMEOUT", 0.2)
+    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.2)
     connection = await connect(dsn)
     mine = backend(connection)
     blocks: dict[str, Callable[[], AbstractAsyncContextManager[object]]] = {

@@ -1,6 +1,7 @@
-"""What a task enters and leaves on a connection: transactions, pipelines, cursors on the server.
+"""What a task enters and leaves on a connection: transactions, pipelines, server-side cursors.
 
-Each is psycopg's own, and is left in order also when its task is being cancelled.
+Each is psycopg's own. What is added here is that it is left in order also if its task is being
+cancelled, when each operation of psycopg's ``__aexit__`` would only raise the cancellation again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from psycopg import AsyncCursor, AsyncPipeline, AsyncServerCursor, pq
 from psycopg.rows import Row
 from psycopg.transaction import AsyncTransaction
 
+from ._cancelling import cancel_until, checkpoint_before_commit, shielded_cleanup
 from ._waiting import ungrouped
 
 if TYPE_CHECKING:
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class TrioTransaction(AsyncTransaction):
-    """A transaction that is rolled back also when its task is being cancelled."""
+    """A transaction that is rolled back also if its task is being cancelled.
+
+    psycopg's own ``__aexit__`` begins with the connection's lock, which is a checkpoint: in a task that
+    is being cancelled it would never come to the ROLLBACK.
+    """
 
     _conn: TrioConnection[Any]
 
@@ -31,8 +37,8 @@ class TrioTransaction(AsyncTransaction):
         try:
             return await super().__aenter__()
         except trio.Cancelled as cancelled:
-            if self._is_on_stack():  # psycopg 3.2 stays half-way inside
-                await self._roll_back(cancelled)
+            # psycopg 3.2 does not undo what it has begun, and its block will not be left.
+            await self._roll_back(type(cancelled), cancelled, cancelled.__traceback__)
             raise
 
     async def __aexit__(
@@ -41,26 +47,44 @@ class TrioTransaction(AsyncTransaction):
         exc_val: BaseException | None,
         exc_tb: TracebackType | None,
     ) -> bool:
+        await checkpoint_before_commit(self._roll_back)
         try:
-            await trio.lowlevel.checkpoint_if_cancelled()
             return await super().__aexit__(exc_type, exc_val, exc_tb)
         except trio.Cancelled as cancelled:
-            if self._is_on_stack():  # it has not come to committing, or rolling back
-                await self._roll_back(cancelled)
+            # If psycopg was still waiting for the connection's lock, nothing has been committed.
+            await self._roll_back(type(cancelled), cancelled, cancelled.__traceback__)
             raise
 
-    def _is_on_stack(self) -> bool:
-        return 0 <= self._stack_index < self._conn._num_transactions
+    async def _roll_back(
+        self,
+        exc_type: type[BaseException],
+        exc_val: BaseException,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        """Roll back, or close the connection, unless psycopg has ended the transaction already.
 
-    async def _roll_back(self, cancelled: trio.Cancelled) -> None:
-        with self._conn._tidying():
-            await super().__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
+        Call it in a task that is being cancelled.
+        """
         if self._is_on_stack():
-            await self._conn.close()  # there was no answer within the time
+            with shielded_cleanup(self._conn):
+                await super().__aexit__(exc_type, exc_val, exc_tb)
+        if self._is_on_stack():
+            # psycopg has not begun to roll back: another task has held the lock all the time.
+            await self._conn.close()
+
+    def _is_on_stack(self) -> bool:
+        """Return whether psycopg counts the transaction among those that were entered, and not left.
+
+        psycopg takes it off that stack before it sends the COMMIT or the ROLLBACK.
+        """
+        return 0 <= self._stack_index < self._conn._num_transactions
 
 
 class TrioPipeline(AsyncPipeline):
-    """A pipeline that is left in order also when its task is being cancelled."""
+    """A pipeline that is left in order also if its task is being cancelled.
+
+    Leaving the mode takes a round trip: everything that was sent has to be answered before.
+    """
 
     _conn: TrioConnection[Any]
 
@@ -69,7 +93,8 @@ class TrioPipeline(AsyncPipeline):
         try:
             return await super().__aenter__()
         except BaseException as error:
-            if self.level > level:  # it was cancelled too late not to be inside
+            if self.level > level:
+                # psycopg has entered the mode: the exception came at the checkpoint after that.
                 await self.__aexit__(type(error), error, error.__traceback__)
             raise
 
@@ -80,55 +105,55 @@ class TrioPipeline(AsyncPipeline):
         exc_tb: TracebackType | None,
     ) -> None:
         if exc_val is None:
-            try:
-                await trio.lowlevel.checkpoint_if_cancelled()
-            except trio.Cancelled as cancelled:
-                await self.__aexit__(type(cancelled), cancelled, cancelled.__traceback__)
-                raise
-        with self._conn._tidying() as scope:
+            await checkpoint_before_commit(self.__aexit__)
+        with shielded_cleanup(self._conn) as scope:
+            # No task waits any more for the results of what the server is still working on.
             if scope.shield and self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                 await self._cancel_and_leave(exc_type, exc_val, exc_tb)
             else:
                 await self._leave(exc_type, exc_val, exc_tb)
         if scope.cancelled_caught:
+            # There was no answer in time, and without it there is no way out of the mode.
             await self._conn.close()
 
     async def _leave(self, *exception: Any) -> None:
+        """Send what has not been sent, read all results, and leave the pipeline mode.
+
+        `exception` is what ``__aexit__`` got: psycopg raises its own errors only if there is none.
+        """
         try:
             await super().__aexit__(*exception)
         except psycopg.OperationalError as error:
-            # psycopg can't leave the mode in the middle of what a Ctrl-C has interrupted.
+            # After a Ctrl-C in the middle of the results, psycopg fails to leave the mode. What the
+            # user has to see is the Ctrl-C.
             if isinstance(error.__context__, KeyboardInterrupt):
                 raise error.__context__ from None
             raise
 
     async def _cancel_and_leave(self, *exception: Any) -> None:
-        """Cancel on the server what it is at, until there is an end of it."""
+        """Leave while the server is working: cancel there whatever the pipeline has sent.
+
+        Call it within `shielded_cleanup`, in a task that is being cancelled.
+        """
+        left = trio.Event()
         with ungrouped():
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_cancelling)
+                # If no request reaches the server, the pipeline may still end by itself in time.
+                nursery.start_soon(cancel_until, self._conn, left.wait)
                 await self._leave(*exception)
-                nursery.cancel_scope.cancel()
-
-    async def _keep_cancelling(self) -> None:
-        """Ask the server again and again: a request that overtakes its query is ignored."""
-        pause = 0.1
-        while True:
-            await self._conn._try_cancel()
-            await trio.sleep(pause)
-            pause *= 2
+                left.set()
 
 
 class TrioServerCursor(AsyncServerCursor[Row]):
-    """A server-side cursor that is closed also when its task is being cancelled."""
+    """A server-side cursor that is closed also if its task is being cancelled."""
 
     _conn: TrioConnection[Any]
 
     async def close(self) -> None:
         try:
-            with self._conn._tidying():
+            with shielded_cleanup(self._conn):
                 await super().close()
         except trio.Cancelled:
-            # On the server it is closed, or will be with the transaction.
+            # On the server it is closed, or will be at the end of the transaction. Close the rest.
             await AsyncCursor.close(self)
             raise

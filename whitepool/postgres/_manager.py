@@ -17,6 +17,7 @@ from .._manager import WorkerManager
 from .._options import Options
 from .._pool import Pool
 from .._session import Session
+from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, validate
 from ._connection import TrioConnection
 from ._waiting import drive
@@ -176,7 +177,7 @@ class PostgresManager(ConnectionManager):
             _forget_client(worker, self._new, self._keywords.get("context"))
             await self._set_up(worker)
         elif callable(self._reset):
-            with worker._expendable():
+            with closing_if_cancelled(worker):
                 await self._reset(worker)
             self._demand_no_transaction(worker, "reset")
 
@@ -184,7 +185,7 @@ class PostgresManager(ConnectionManager):
         if self._reset == "session":
             self._new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
         if self._configure is not None:
-            with connection._expendable():
+            with closing_if_cancelled(connection):
                 await self._configure(connection)
             self._demand_no_transaction(connection, "configure")
 
