@@ -16,6 +16,7 @@ from typing import Any, Generic, get_args, get_origin
 import pytest
 
 import whitepool
+import whitepool.postgres
 from whitepool._options import Options
 
 PUBLIC = """\
@@ -32,7 +33,7 @@ class Hooks
     on_destroy
 class NotCheckedOut(PoolError)
 class Pool
-    def __init__(factory, *, <the options>)
+    def __init__(factory) and the options
     factory
     async def run_service(*, task_status=TASK_STATUS_IGNORED)
 class PoolClosed(PoolError)
@@ -84,7 +85,7 @@ class WorkerManager
     def lifespan()
     def needs_reset(worker)
     async def reset(worker)
-def open_pool(factory, *, <the options>)
+def open_pool(factory) and the options
 # whitepool.live
 class PoolView
     def __init__(*sessions, events=5)
@@ -108,7 +109,7 @@ class TrioConnection(AsyncConnection)
     async def wait(gen, interval=None, timeout=None)
 async def connect(conninfo='', *, autocommit=False, prepare_threshold=5, context=None,
             row_factory=None, cursor_factory=None, **kwargs)
-def open_pool(conninfo='', *, configure=None, reset='rollback', **keywords)
+def open_pool(conninfo='', *, configure=None, reset='rollback', **connect_keywords) and the options
 # whitepool.telemetry
 def instrument(session, *, meter_provider=None)
 """
@@ -163,7 +164,7 @@ def describe(name: str, thing: Any) -> Iterator[str]:
         keyword = "async def" if inspect.iscoroutinefunction(thing) else "def"
         signature = str(inspect.Signature(parameters))
         if options.keys() <= every.keys():
-            signature = signature.replace(")", ", *, <the options>)")
+            signature += " and the options"
         yield f"{keyword} {name}{signature}"
     elif get_origin(thing) is not None:
         yield f"{name} = {' | '.join(get_args(thing))}"
@@ -224,7 +225,9 @@ def test_options() -> None:
     assert wrapped(lines) == OPTIONS
 
 
-@pytest.mark.parametrize("function", [whitepool.Pool, whitepool.open_pool])
+@pytest.mark.parametrize(
+    "function", [whitepool.Pool, whitepool.open_pool, whitepool.postgres.open_pool]
+)
 def test_help_shows_every_option(function: Callable[..., object]) -> None:
     """With its type and its default; and so does an editor."""
     signature = inspect.signature(function).parameters

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Union
 
 import psycopg
@@ -14,9 +13,6 @@ from psycopg.generators import execute
 
 from .._errors import PoolStartError
 from .._manager import WorkerManager
-from .._options import Options
-from .._pool import Pool
-from .._session import Session
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, validate
 from ._connection import TrioConnection
@@ -196,22 +192,6 @@ class PostgresManager(ConnectionManager):
 
 # A bare factory of connections is enough: the pool asks their class how to treat them.
 TrioConnection.__worker_manager__ = ConnectionManager()
-
-
-def open_pool(
-    conninfo: str = "",
-    *,
-    configure: Configure | None = None,
-    reset: Reset = "rollback",
-    **keywords: Any,
-) -> AbstractAsyncContextManager[Session[Connection]]:
-    """Open a pool of connections: `whitepool.open_pool` with a `PostgresManager`.
-
-    The keywords are the options of `whitepool.Pool`, and those of `connect`.
-    """
-    options = {key: keywords.pop(key) for key in Options.__annotations__ if key in keywords}
-    manager = PostgresManager(conninfo, configure=configure, reset=reset, **keywords)
-    return Pool(manager, **options)._open(grace=0)
 
 
 async def _run(connection: Connection, command: bytes) -> None:

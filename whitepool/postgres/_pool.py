@@ -1,0 +1,75 @@
+"""Opening a pool of Postgres connections."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from .._hooks import Hooks
+from .._options import NO_HOOKS, Strategy
+from .._pool import Pool
+from .._session import Session
+from ._manager import Configure, Connection, PostgresManager, Reset
+
+# The options are listed one by one, so that an editor, `help` and a type checker know them, and that
+# whatever is left is for connecting. Their types and defaults are those of `Options`.
+
+
+def open_pool(
+    conninfo: str = "",
+    *,
+    configure: Configure | None = None,
+    reset: Reset = "rollback",
+    pool_size: int = 5,
+    max_overflow: int = 10,
+    strategy: Strategy = "lifo",
+    name: str | None = None,
+    lazy: bool = False,
+    overflow_ttl: float = 10.0,
+    idle_timeout: float = math.inf,
+    max_lifetime: float = math.inf,
+    check_interval: float = 30.0,
+    start_timeout: float = 30.0,
+    reset_timeout: float = 5.0,
+    close_timeout: float = 5.0,
+    shutdown_timeout: float = 30.0,
+    max_starting: int = 4,
+    max_waiting: float = math.inf,
+    patience: float = 0.4,
+    hooks: Hooks = NO_HOOKS,
+    **connect_keywords: Any,
+) -> AbstractAsyncContextManager[Session[Connection]]:
+    """Open a pool of connections to PostgreSQL for the length of an ``async with`` block.
+
+    This is `whitepool.open_pool` with a `PostgresManager`, and the block gets a `whitepool.Session`.
+    `PostgresManager` explains `conninfo`, `configure`, `reset` and the connect keywords;
+    `whitepool.Pool` explains the options of the pool. Times are in seconds.
+
+    Wrong arguments raise `TypeError` or `ValueError` here. Entering the block connects. It raises
+    `whitepool.PoolStartError` if that has not succeeded within `start_timeout`, and at once if every
+    server refuses for a reason that will not go away, such as a wrong password.
+    """
+    manager = PostgresManager(conninfo, configure=configure, reset=reset, **connect_keywords)
+    pool = Pool(
+        manager,
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        strategy=strategy,
+        name=name,
+        lazy=lazy,
+        overflow_ttl=overflow_ttl,
+        idle_timeout=idle_timeout,
+        max_lifetime=max_lifetime,
+        check_interval=check_interval,
+        start_timeout=start_timeout,
+        reset_timeout=reset_timeout,
+        close_timeout=close_timeout,
+        shutdown_timeout=shutdown_timeout,
+        max_starting=max_starting,
+        max_waiting=max_waiting,
+        patience=patience,
+        hooks=hooks,
+    )
+    # `grace` is for `Pool.run_service`, whose clients may be cancelled beside it.
+    return pool._open(grace=0)
