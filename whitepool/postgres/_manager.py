@@ -1,4 +1,9 @@
-"""How the pool treats a Postgres connection."""
+"""How a pool treats a Postgres connection: opens, checks, resets and configures it.
+
+The pool calls `is_alive` and `needs_reset` at each checkin, so they read what libpq knows already.
+The rest happens in the worker's own task. If it takes too long there, the pool cancels it, and closes
+the connection.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,16 @@ Connection = TrioConnection[Any]
 Configure = Callable[[Connection], Awaitable[None]]
 Reset = Union[Literal["rollback", "session"], Configure]
 
-# Plain numbers: these are asked at each checkin, and an enum costs more than the question.
+# Plain numbers, because they are compared at each checkin, and comparing enums costs more.
 _IDLE = int(pq.TransactionStatus.IDLE)
-_BUSY = int(pq.TransactionStatus.ACTIVE)
-_GONE = int(pq.TransactionStatus.UNKNOWN)
+_ACTIVE = int(pq.TransactionStatus.ACTIVE)
+_UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
 
-# What DISCARD ALL does, and the role. One by one, as DISCARD ALL must be sent alone: this way, one
-# message is enough. The transaction takes its level from nobody's defaults: a deferrable one might
-# wait for others to end. Only read-only it may be: on a standby it has to.
+# What DISCARD ALL does, and RESET ROLE. DISCARD ALL has to be sent alone; its parts can be sent in one
+# message with the rest. The transaction does not take its properties from the session's defaults, as
+# the client may have changed those: a deferrable one may have to wait for others to end. Don't set READ
+# WRITE: it fails on a standby.
 _DISCARD_SESSION = b"""
     BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE;
     CLOSE ALL;
@@ -46,7 +52,7 @@ _DISCARD_SESSION = b"""
     COMMIT
 """
 
-# What a client may have set on the object, and psycopg keeps to itself.
+# What a client can set on a connection: as an attribute, or by a method such as `set_autocommit`.
 _CLIENT_SIDE = (
     "_autocommit",
     "_isolation_level",
@@ -62,29 +68,40 @@ _CLIENT_SIDE = (
 
 
 class ConnectionManager(WorkerManager[Connection]):
-    """What goes for every connection, whoever opened it."""
+    """What every connection needs, also one that a bare factory has opened."""
 
     def is_alive(self, worker: Connection) -> bool:
-        """Say whether the connection is open, with nothing under way: no query, copy or pipeline."""
+        """Return whether the connection is open, and no query, copy or pipeline is under way.
+
+        A two-phase transaction counts as one that is: only its client knows how it should end.
+        """
         pgconn = worker.pgconn
         status = pgconn.transaction_status
         return (
-            status != _BUSY
-            and status != _GONE
+            status != _ACTIVE
+            and status != _UNKNOWN
             and pgconn.pipeline_status == _NO_PIPELINE
-            and worker._tpc is None  # begun or prepared: only its client knows how it should end
+            and worker._tpc is None
         )
 
     def needs_reset(self, worker: Connection) -> bool:
-        """Say whether the connection is inside a transaction, or not everybody has let go of it."""
+        """Return whether the connection is in a transaction, or is still being used.
+
+        It may be, after its checkin, by a `transaction()` block that was not left, or by a generator
+        that was not closed, such as `notifies`, which holds the lock.
+        """
         return bool(
             worker.pgconn.transaction_status != _IDLE
             or worker._num_transactions
-            or worker.lock.locked()  # by a generator, say, that was not closed: `notifies`
+            or worker.lock.locked()
         )
 
     async def reset(self, worker: Connection) -> None:
-        """Roll back, once nobody else is at it any more."""
+        """Roll back, once no other task uses the connection any more.
+
+        Raises `psycopg.ProgrammingError` if a block has not been left: its task could still run
+        statements, and they would be part of the next client's transaction.
+        """
         if worker._num_transactions:
             raise psycopg.ProgrammingError("a transaction() block has not been left")
         async with worker.lock:
@@ -92,13 +109,14 @@ class ConnectionManager(WorkerManager[Connection]):
         if worker.pgconn.transaction_status == _IDLE:
             return
         await _run(worker, b"ROLLBACK")
-        # Prepared statements may have been made in the transaction, or of tables made in it.
+        # As psycopg does at a rollback: statements may have been prepared in the transaction, or for
+        # tables that were created in it.
         worker._prepared.clear()
         async with worker.lock:
             await drive(worker._prepared.maintain_gen(worker), worker.pgconn.socket)
 
     async def check(self, worker: Connection) -> None:
-        """Send an empty query, outside any transaction, and wait for the answer."""
+        """Send an empty query, which starts no transaction, and wait for the answer."""
         await _run(worker, b"")
 
 
@@ -110,14 +128,17 @@ class PostgresManager(ConnectionManager):
 
     Args:
       conninfo: the connection string, as for `connect`.
-      configure: an async callable that gets each new connection once, before anybody else. It must
-          leave no transaction open: without ``autocommit=True``, it ends with a commit.
+      configure: an async callable that gets each new connection once, before any client does. It
+          must leave no transaction open: without ``autocommit=True``, end it with a commit.
       reset: what happens to a connection between two clients. ``"rollback"`` (default) ends a
-          transaction, where there is one. ``"session"`` makes it indistinguishable from a new one:
-          everything that ``DISCARD ALL`` discards, the role, and what can be set on the connection
-          object; then it is configured again. Or an async callable, which gets the connection
-          outside a transaction, and must leave it so.
+          transaction, if there is one. ``"session"`` makes the connection indistinguishable from a
+          new one: it resets everything that ``DISCARD ALL`` discards, the role, and what can be set on
+          the connection object, and then configures the connection again. Or an async callable, which
+          gets the connection outside a transaction, and must leave it so.
       connect_keywords: as for `connect`.
+
+    Raises `TypeError` for an argument of the wrong type, and `ValueError` for a connection string or a
+    keyword that libpq would refuse. The message quotes no value, because it may be a password.
     """
 
     def __init__(
@@ -146,7 +167,11 @@ class PostgresManager(ConnectionManager):
         return "<whitepool.postgres.PostgresManager>"  # the conninfo may hold a password
 
     async def create(self) -> Connection:
-        """Connect, and configure the connection."""
+        """Connect, and configure the connection.
+
+        Raises `whitepool.PoolStartError` if every host refuses for a reason that will not go away by
+        itself.
+        """
         try:
             connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
         except psycopg.OperationalError as error:
@@ -161,11 +186,11 @@ class PostgresManager(ConnectionManager):
         return connection
 
     def needs_reset(self, worker: Connection) -> bool:
-        """Say whether the connection has to be reset; unless for a rollback, always."""
+        """Return whether the connection has to be reset: with a `reset` beyond a rollback, always."""
         return self._reset != "rollback" or super().needs_reset(worker)
 
     async def reset(self, worker: Connection) -> None:
-        """Make the connection ready for its next client."""
+        """Make the connection ready for its next client, as `reset` of the constructor says."""
         if super().needs_reset(worker):
             await super().reset(worker)
         if self._reset == "session":
@@ -178,6 +203,10 @@ class PostgresManager(ConnectionManager):
             self._demand_no_transaction(worker, "reset")
 
     async def _set_up(self, connection: Connection) -> None:
+        """Configure a connection that is new, or as good as new.
+
+        Its attributes are noted before: what `configure` sets on it, it will set again.
+        """
         if self._reset == "session":
             self._new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
         if self._configure is not None:
@@ -186,19 +215,21 @@ class PostgresManager(ConnectionManager):
             self._demand_no_transaction(connection, "configure")
 
     def _demand_no_transaction(self, connection: Connection, culprit: str) -> None:
+        """Raise `psycopg.ProgrammingError` if the user's callable has left the connection in use."""
         if super().needs_reset(connection):
             raise psycopg.ProgrammingError(f"{culprit} left a transaction open")
 
 
-# A bare factory of connections is enough: the pool asks their class how to treat them.
+# A bare factory of connections is enough for a pool: it asks their class how to treat them. Set here,
+# because the connection itself knows nothing of pools.
 TrioConnection.__worker_manager__ = ConnectionManager()
 
 
 async def _run(connection: Connection, command: bytes) -> None:
-    """Run a command of the pool's own: no transaction around it, no cursor.
+    """Run a command of the pool's own, without a cursor, and without a transaction around it.
 
-    Not through the connection's `wait`, which would cancel the command on the server where it takes
-    too long. Here the connection itself is given up then.
+    It does not go through the connection's `wait`, which would cancel a command that takes too long on
+    the server, and save the connection. The pool closes the connection instead, which is quicker.
     """
     pgconn = connection.pgconn
     async with connection.lock:
@@ -209,7 +240,10 @@ async def _run(connection: Connection, command: bytes) -> None:
 
 
 def _forget_client(connection: Connection, new: dict[str, Any], context: AdaptContext | None) -> None:
-    """Restore what a client may have changed on the client's side of the session."""
+    """Restore what a client may have changed on the client's side of the session.
+
+    Call it when the server has discarded its side, prepared statements included.
+    """
     for name, value in new.items():
         setattr(connection, name, value)
     connection._adapters = AdaptersMap(context.adapters) if context else None
@@ -218,6 +252,5 @@ def _forget_client(connection: Connection, new: dict[str, Any], context: AdaptCo
     backlog = getattr(connection, "_notifies_backlog", None)  # new in psycopg 3.2.4
     if backlog:
         backlog.clear()
-    # The server has forgotten all prepared statements.
     connection._prepared.clear()
-    connection._prepared._to_flush.clear()
+    connection._prepared._to_flush.clear()  # clear() alone would have them deallocated once more
