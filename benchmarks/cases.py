@@ -102,7 +102,7 @@ def _checkout_cases() -> list[Case]:
         1000: many,
     }
     # Alone, without anything between checkout and checkin. But then a pool that does not give way to
-    # other tasks serves one after the other, and nobody ever waits: so several hold for a turn.
+    # other tasks serves one after the other, and no task ever waits: so several hold for a turn.
     alone = dict.fromkeys(psycopg, at_most(1)) | {CHECKPOINT: at_most(1.25)}
     return [
         Case(
@@ -206,51 +206,51 @@ async def _throughput(
         return await repeat(peer.loop, operation(pool), tasks, SECONDS)
 
 
-# ------------------------------------------------------------------ a line, and opening
+# ------------------------------------------------------------------ a queue, and opening
 
 LENGTHS = (100, 1_000, 10_000, 50_000)
 
 
-def _line_cases() -> list[Case]:
+def _queue_cases() -> list[Case]:
     peers = (WHITEPOOL, PSYCOPG, ASYNCPG_BARE)
     return [
         Case(
-            "line",
+            "queue",
             (
                 *(
-                    Figure(f"a line of {length:,}: time a waiter", "µs", plot="line", x=length)
+                    Figure(f"a queue of {length:,}: time a waiter", "µs", plot="queue", x=length)
                     for length in LENGTHS
                 ),
                 Figure("… the slowest of these ÷ the fastest", "", {WHITEPOOL: at_most(1.5)}),
             ),
             peers,
-            lambda peer, dsn: peer.loop.run(_time_lines, peer, dsn),
+            lambda peer, dsn: peer.loop.run(_time_queues, peer, dsn),
             rounds=3,
         ),
         Case(
-            "line",
+            "queue",
             (Figure("… memory a waiter, beyond its task", "bytes", {WHITEPOOL: at_most(1024)}),),
             peers,
-            lambda peer, dsn: (peer.loop.run(_weigh_line, peer, dsn),),
+            lambda peer, dsn: (peer.loop.run(_weigh_waiter, peer, dsn),),
             rounds=1,
         ),
     ]
 
 
-async def _time_lines(peer: Peer, dsn: str) -> tuple[float, ...]:
+async def _time_queues(peer: Peer, dsn: str) -> tuple[float, ...]:
     """Return microseconds a waiter for each length, and the longest of them by the shortest."""
     async with peer.open(dsn, 4) as pool:
-        await _time_line(peer.loop, pool, 1_000)
+        await _time_queue(peer.loop, pool, 1_000)
         times = []
         for length in LENGTHS:
-            repeats = max(1, 5_000 // length)  # a short line is over before the clock has moved
-            took = sum([await _time_line(peer.loop, pool, length) for _ in range(repeats)])
+            repeats = max(1, 5_000 // length)  # a short queue is over before the clock has moved
+            took = sum([await _time_queue(peer.loop, pool, length) for _ in range(repeats)])
             times.append(1e6 * took / repeats / length)
         return *times, max(times) / min(times)
 
 
-async def _time_line(loop: Loop, pool: Pool, length: int) -> float:
-    """Let tasks that are there already get in line together; return seconds until all were served."""
+async def _time_queue(loop: Loop, pool: Pool, length: int) -> float:
+    """Let tasks that are there already wait together; return seconds until all were served."""
     gun = loop.event()
 
     async def runner() -> None:
@@ -267,8 +267,8 @@ async def _time_line(loop: Loop, pool: Pool, length: int) -> float:
     return perf_counter() - began
 
 
-async def _weigh_line(peer: Peer, dsn: str) -> float:
-    """Return the bytes of a task that waits in line, less those of one that waits for an event."""
+async def _weigh_waiter(peer: Peer, dsn: str) -> float:
+    """Return the bytes of a task that waits in the queue, less those of one that waits for an event."""
     tasks = 10_000
     async with peer.open(dsn, 1) as pool:
         await pool.checkout(False)
@@ -281,8 +281,8 @@ async def _weigh_line(peer: Peer, dsn: str) -> float:
         async with peer.loop.tasks() as start:
             start(hold)
             await peer.loop.sleep(0.1)
-            in_line = await _weigh(peer.loop, tasks, partial(pool.checkout, False), then=int)
-    return (in_line - mere) / tasks
+            waiting = await _weigh(peer.loop, tasks, partial(pool.checkout, False), then=int)
+    return (waiting - mere) / tasks
 
 
 async def _weigh(
@@ -354,7 +354,7 @@ def _soak_cases() -> list[Case]:
 
 def _overload_cases() -> list[Case]:
     peers = (WHITEPOOL, PSYCOPG, PSYCOPG_UVLOOP, ASYNCPG, ASYNCPG_UVLOOP)
-    nobody, nearly_all = {WHITEPOOL: at_most(0)}, {WHITEPOOL: at_least(95)}
+    none, nearly_all = {WHITEPOOL: at_most(0)}, {WHITEPOOL: at_least(95)}
     return [
         Case(
             "overload",
@@ -366,7 +366,7 @@ def _overload_cases() -> list[Case]:
                     "overload",
                     load,
                 ),
-                Figure("… requests that failed", "%", nobody if load < 1 else {}),
+                Figure("… requests that failed", "%", none if load < 1 else {}),
                 Figure("… they were told after, median", "ms"),
                 Figure("… 95th percentile", "ms"),
             ),
@@ -383,7 +383,7 @@ CASES = {
     for case in (
         *_checkout_cases(),
         *_query_cases(),
-        *_line_cases(),
+        *_queue_cases(),
         _opening_case(),
         *_soak_cases(),
         *_overload_cases(),

@@ -88,10 +88,10 @@ def write(folder: Path, rows: list[Row]) -> None:
         _bars(axes, (row for row in rows if row.plot == "query"))
         _save(axes, folder / "query.svg")
 
-        axes = _canvas("time a waiter, by the length of the line", "tasks in line", "µs / waiter")
-        _lines(axes, (row for row in rows if row.plot == "line"))
+        axes = _canvas("time a waiter, by the length of the queue", "tasks that wait", "µs / waiter")
+        _lines(axes, (row for row in rows if row.plot == "queue"))
         axes.set_ylim(bottom=0)
-        _save(axes, folder / "line.svg")
+        _save(axes, folder / "queue.svg")
 
         axes = _canvas("answers in time, under overload", "load offered ÷ capacity", "% of capacity")
         _lines(axes, (row for row in rows if row.plot == "overload"))

@@ -94,7 +94,7 @@ async def _check_out_a_million(dsn: str) -> tuple[float, ...]:
             cancelled, dies = number % 100 == 1, number % 1000 == 2
             with trio.move_on_after(rng.uniform(0, 0.001) if cancelled else math.inf):
                 async with session.worker() as connection:
-                    if cancelled:  # in line, if not here
+                    if cancelled:  # while it waits, if not here
                         await trio.sleep_forever()
                     if dies:
                         with suppress(psycopg.OperationalError):

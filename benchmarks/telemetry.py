@@ -2,8 +2,8 @@
 
     make types && .venv/bin/python -m benchmarks.telemetry
 
-With the API alone whitepool measures, and nobody listens; with the SDK it is as in a service. A figure
-is the least of all rounds, for what else goes on at the machine only adds to it.
+With the API alone whitepool measures, and nothing records it; with the SDK it is as in a service. A
+figure is the least of all rounds, because other work on the machine only adds to it.
 """
 
 from __future__ import annotations

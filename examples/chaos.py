@@ -88,7 +88,7 @@ class Record:
         self._begun = trio.current_time()
         self.arrived = 0
         self.requests: list[Request] = []
-        self.stands: list[tuple[float, whitepool.PoolStatistics]] = []
+        self.snapshots: list[tuple[float, whitepool.PoolStatistics]] = []
         self.faults: list[tuple[str, float, float]] = []  # what, from when, and until when
 
     def now(self) -> float:
@@ -134,7 +134,7 @@ async def load(session: Session, record: Record, over: trio.Event) -> None:
 
 async def sample(session: Session, record: Record) -> None:
     while True:
-        record.stands.append((record.now(), session.statistics()))
+        record.snapshots.append((record.now(), session.statistics()))
         await trio.sleep(0.05)
 
 
@@ -177,14 +177,14 @@ async def wreck(
 
 
 def draw(record: Record, path: Path) -> None:
-    """Draw requests, waits, workers and line over time; to be read on white and on black."""
+    """Draw requests, waits, workers and the queue over time, to be read on white and on black."""
     grey, blue, orange, width = "#808080", "#4c8dd6", "#e8590c", 0.25
     ticks = [number * width for number in range(int(record.requests[-1].end / width) + 1)]
     ended: list[list[Request]] = [[] for _ in ticks]
     for one in record.requests:
         ended[int(one.end / width)].append(one)
-    times = [time for time, _ in record.stands]
-    stands = [stand for _, stand in record.stands]
+    times = [time for time, _ in record.snapshots]
+    snapshots = [snapshot for _, snapshot in record.snapshots]
 
     look: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), grey)
     look |= {"xtick.color": grey, "ytick.color": grey, "legend.frameon": False}
@@ -192,7 +192,7 @@ def draw(record: Record, path: Path) -> None:
     look |= {"svg.fonttype": "none", "svg.hashsalt": NAME}  # the same record makes the same file
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(9, 8), layout="constrained")
-        requests, waits, workers, line = figure.subplots(4, sharex=True)
+        requests, waits, workers, queue = figure.subplots(4, sharex=True)
 
         rates = [[sum(r.outcome == how for r in some) / width for some in ended] for how in OUTCOMES]
         requests.stackplot(ticks, rates, labels=OUTCOMES, colors=OUTCOMES.values(), step="post")
@@ -207,18 +207,22 @@ def draw(record: Record, path: Path) -> None:
         waits.yaxis.set_major_formatter("{x:g}")
         waits.set_ylabel("wait / ms")
 
-        workers.fill_between(times, [s.in_use for s in stands], color=blue, alpha=0.4, label="in use")
-        alive = [s.idle + s.in_use + s.resetting for s in stands]
+        workers.fill_between(
+            times, [s.in_use for s in snapshots], color=blue, alpha=0.4, label="in use"
+        )
+        alive = [s.idle + s.in_use + s.resetting for s in snapshots]
         workers.step(times, alive, where="post", color=blue, label="alive")
         workers.axhline(POOL_SIZE, color=grey, linestyle=":", label="pool_size")
         workers.yaxis.get_major_locator().set_params(integer=True)
         workers.set_ylabel("workers")
 
-        line.fill_between(times, [s.waiting for s in stands], color=orange, alpha=0.6, label="in line")
-        line.set_ylabel("waiting")
-        line.set_xlabel("seconds")
+        queue.fill_between(
+            times, [s.waiting for s in snapshots], color=orange, alpha=0.6, label="waiting"
+        )
+        queue.set_ylabel("waiting")
+        queue.set_xlabel("seconds")
 
-        for axes in (requests, waits, workers, line):
+        for axes in (requests, waits, workers, queue):
             axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
             for what, begin, end in record.faults:
                 axes.axvspan(begin, end, color=grey, alpha=0.3, linewidth=0, zorder=0)

@@ -55,7 +55,7 @@ async def transfer(connection: Connection) -> None:
     async with connection.transaction():
         update = "UPDATE account SET balance = balance + %s WHERE id = %s"
         await connection.execute(update, (-amount, payer))
-        await connection.execute("SELECT pg_sleep(0.01)")  # somebody thinks
+        await connection.execute("SELECT pg_sleep(0.01)")  # time to think
         await connection.execute(update, (amount, payee))
 
 

@@ -28,7 +28,9 @@ Session = whitepool.Session[Connection]
 
 POOL_SIZE = int(os.environ.get("POOL_SIZE", "5"))
 REQUEST_TIMEOUT = float(os.environ.get("REQUEST_TIMEOUT", "5"))
-CHECKOUT_TIMEOUT = REQUEST_TIMEOUT / 2  # whoever gets a connection has time left to use it
+CHECKOUT_TIMEOUT = (
+    REQUEST_TIMEOUT / 2
+)  # so that a request that gets a connection has time left to use it
 
 SCHEMA = (Path(__file__).parent / "schema.sql").read_bytes()
 
