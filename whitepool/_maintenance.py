@@ -55,7 +55,10 @@ class Maintenance(Generic[T]):
     # Each of these returns when the next worker comes due.
 
     def _evict_surplus(self, now: float) -> float:
-        """Evict overflow workers that no client has needed for `overflow_ttl`."""
+        """Evict overflow workers that no client has needed for `overflow_ttl`.
+
+        Any idle worker will do: the ones that were idle for the longest go, however they were started.
+        """
         roster, options = self._roster, self._options
         excess = roster.lasting - options.pool_size
         surplus, next_due = sizing.surplus(roster.idle, excess, options.overflow_ttl, now)
@@ -64,7 +67,10 @@ class Maintenance(Generic[T]):
         return next_due
 
     def _mark_expired(self, now: float) -> float:
-        """Mark workers that are alive and well, but too old, or unused for too long."""
+        """Mark workers that are alive and well, but too old, or unused for too long.
+
+        They go when the supervisor has their replacements, if the pool wants any.
+        """
         roster, options = self._roster, self._options
         too_old, lifetime_due = sizing.lifetime_expired(roster.entries, now)
         for entry in too_old:
@@ -77,7 +83,10 @@ class Maintenance(Generic[T]):
         return min(lifetime_due, idle_due)
 
     def _probe(self, now: float) -> float:
-        """Have idle workers probed that have given no sign of life for `check_interval`."""
+        """Have idle workers probed that have given no sign of life for `check_interval`.
+
+        Each comes back through the supervisor's channel, or is evicted.
+        """
         roster = self._roster
         probing = sum(entry.probing and entry.state is State.SERVICING for entry in roster.entries)
         silent, next_due = sizing.probe_due(roster.idle, probing, self._options.check_interval, now)

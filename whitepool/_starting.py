@@ -27,6 +27,7 @@ class Starter(Generic[T]):
         self, roster: Roster[T], options: Options, counters: Counters, warnings: ThrottledLog
     ) -> None:
         self.backoff = Backoff()
+        """When the next start may be tried, and why the last one failed."""
         self.opened = trio.Event()
         """Set when the pool has its workers, or never will have: `final_error`."""
         self.final_error: PoolStartError | None = None
@@ -50,7 +51,10 @@ class Starter(Generic[T]):
         return 0 if self._options.lazy else self._options.pool_size
 
     def how_many(self, *, waiting: int, draining: bool, now: float) -> int:
-        """Return how many workers to start now; 0 or less means none."""
+        """Return how many workers to start now; 0 or less means none.
+
+        While `draining`, workers are started only for the tasks that wait.
+        """
         roster = self._roster
         return sizing.how_many_to_start(
             waiting=waiting,
@@ -78,7 +82,7 @@ class Starter(Generic[T]):
         )
 
     def on_opened(self, entry: Entry[T]) -> None:
-        """Note that a worker has been opened."""
+        """Note that a worker has been opened: the starts after it need no pause."""
         if self.is_failing:
             log.warning("start_recovered", pool=self._options.name, failures=self.backoff.failures)
         self.backoff.succeeded()
@@ -86,7 +90,11 @@ class Starter(Generic[T]):
             observe(entry.opening_time)
 
     def on_failed(self, error: Exception, begun: float, now: float) -> None:
-        """Note that a worker could not be opened; that had begun at the time `begun`."""
+        """Note that a worker could not be opened; that had begun at the time `begun`.
+
+        The next start has to wait until `backoff.retry_at`. The caller has to see that the supervisor
+        looks again then. A `PoolStartError` before the pool is open is final.
+        """
         self._counters["start_failures"] += 1
         self.backoff.failed(error, begun=begun, now=now)
         self._warnings.warning("start_failed", error=str(error))
@@ -107,7 +115,7 @@ class Starter(Generic[T]):
         return True
 
     def set_opened_if_complete(self) -> None:
-        """Note that the pool is open where all its workers are there, and ready."""
+        """Note that the pool is open, if it is: its workers are there, and ready to be used."""
         if self._roster.open - self._roster.servicing >= self.target:
             self.opened.set()
 

@@ -59,17 +59,20 @@ class Supervisor(Generic[T]):
         )
         self._no_lingering = options.overflow_ttl == 0
         self._hangups: HangupWatch[Entry[T]] = HangupWatch()
+        # To ask the kernel costs more than a checkin, so a checkin asks once in ALIVE_BYPASS_WINDOW.
         self._hangups_seen_at = -math.inf
         self._warnings = ThrottledLog(self.name)
         self.starter = Starter(self.roster, options, self.counters, self._warnings)
         self._maintenance = Maintenance(self.roster, options, evict=self.evict, replace=self.wake)
+        # The channel of ready workers. It has no bound, because at most one message for each worker,
+        # and one None, are in it at a time.
         self._inbox, self._outbox = trio.open_memory_channel[Entry[T] | None](math.inf)
-        self._is_woken = False
+        self._is_woken = False  # whether there is a None in it
         self._nursery: trio.Nursery
 
     # -- Workers change hands ------------------------------------------------------------------------
     #
-    # What sessions call: plain functions, which can't be cancelled.
+    # Sessions call these. They are plain functions, so nothing can be cancelled in the middle of them.
 
     def admit(self, entry: Entry[T], now: float) -> None:
         """Give a worker that is ready to the task that has waited for the longest, else make it idle.
@@ -101,25 +104,34 @@ class Supervisor(Generic[T]):
         now = self.now()
         if now > self._hangups_seen_at + ALIVE_BYPASS_WINDOW and self._hangups.watched:
             self._notice_hangups()
+        # 1. It has to leave, and may.
         if entry.evict_reason is not None and self._evict_if_due(entry):
             return
         try:
+            # 2. It has died while its client had it.
             if entry.is_alive is not None and not entry.is_alive(entry.worker):
                 self.evict(entry, "dead")
+            # 3. There is something to do first, which takes time: in its own task, after this returns.
             elif self._hooks_on_return or (
                 entry.needs_reset is not None and entry.needs_reset(entry.worker)
             ):
                 self.roster.move(entry, State.SERVICING)
                 entry.task.reset()
+            # 4. It is ready for its next client.
             else:
                 self.admit(entry, now)
-        except Exception as error:  # the manager's: the client is not to blame
+        except Exception as error:
+            # A method of the manager has raised. That is no fault of the client, who gets no error.
             self._warnings.warning("manager_failed", error=str(error))
             self.evict(entry, "dead")
 
     def evict(self, entry: Entry[T], reason: Reason) -> None:
-        """Have a worker closed, or its opening given up, whatever its state. The client that has it
-        keeps its resource. Does nothing where the worker is being closed already."""
+        """Have a worker closed, or its opening given up, whatever its state.
+
+        A client that has it keeps its resource, and finds a closed worker. The worker task does the
+        closing, and the supervisor replaces the worker where one is needed. Does nothing where it is
+        being closed already.
+        """
         if entry.state is State.CLOSING:
             return
         is_open = entry.is_open
@@ -133,8 +145,11 @@ class Supervisor(Generic[T]):
         self.wake()
 
     def evict_if_dead(self, entry: Entry[T]) -> bool:
-        """Revalidate a worker that was idle, and has just become IN_USE: evict it where it has died,
-        and say so. The event loop may not have noticed yet."""
+        """Revalidate a worker that was idle until now, without I/O: evict it where it has died, and say
+        so. It is IN_USE already, but no client has it yet.
+
+        The watch for hang-ups is a task, which may not have had its turn since the peer hung up.
+        """
         if self._hangups.watched:
             self._notice_hangups()
         if entry.evict_reason == "hung_up":
@@ -150,13 +165,19 @@ class Supervisor(Generic[T]):
         return is_dead
 
     def reclaim(self, entry: Entry[T], checked_out_at: str) -> None:
-        """Take back a worker whose resource was garbage-collected, unless the pool has closed it."""
+        """Take back a worker whose resource was garbage-collected, unless the pool has closed it.
+
+        It is not used again: its client may have left something half done.
+        """
         if entry.state is State.IN_USE:
             log.warning("worker_leaked", pool=self.name, checked_out_at=checked_out_at)
             self.evict(entry, "leaked")
 
     def _evict_if_due(self, entry: Entry[T]) -> bool:
-        """Evict a worker that has come back and has to leave, if it may go now; say whether it went."""
+        """Evict a worker that has come back, if it may go now (see `Departure`); say whether it went.
+
+        It must have an `evict_reason`, and be idle, or just returned by its client or its own task.
+        """
         assert entry.evict_reason is not None
         _, departure = REASONS[entry.evict_reason]
         if departure is Departure.WHEN_REPLACED and not self.starter.may_retire():
@@ -217,7 +238,9 @@ class Supervisor(Generic[T]):
             **self.counters,
         )
 
-    # -- What worker tasks report (see `Owner`) ------------------------------------------------------
+    # -- What worker tasks report --------------------------------------------------------------------
+    #
+    # `Owner` says when each is called.
 
     def on_opened(self, entry: Entry[T]) -> None:
         self.roster.move(entry, State.SERVICING)
@@ -230,7 +253,8 @@ class Supervisor(Generic[T]):
         self._wake_for_retry()
         if self.starter.final_error is not None:
             self.drain()
-        # A task that does not wait for clients has nothing to wait for where no worker is on its way.
+        # A task that does not wait for clients to return a worker has nothing to wait for, unless one
+        # of the workers on their way will be its own.
         on_the_way = self.roster.opening + self.roster.servicing
         for task in self.queue.nonblocking_beyond(on_the_way):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
@@ -238,11 +262,13 @@ class Supervisor(Generic[T]):
             self.queue.fail(task, refusal)
 
     def on_ready(self, entry: Entry[T]) -> None:
+        # The worker task only says so. What becomes of the worker is decided in the supervisor's task.
         self._inbox.send_nowait(entry)
 
     def on_service_failed(self, entry: Entry[T], reason: Reason, error: Exception) -> None:
+        # Where it is being closed already, the work was cancelled for that.
         if entry.state is not State.CLOSING:
-            if REASONS[reason][0] != "lost":  # that is logged anyway
+            if REASONS[reason][0] != "lost":  # `_on_lost` logs the others
                 self._warnings.warning(reason, error=str(error))
             self.evict(entry, reason)
 
@@ -250,7 +276,7 @@ class Supervisor(Generic[T]):
         self._warnings.warning("hook_failed", hook=hook, error=str(error))
 
     def on_closing(self, entry: Entry[T]) -> None:
-        # Does nothing where the pool has asked for it.
+        # Where the pool has asked for it, the worker is being closed already, and this does nothing.
         self.evict(entry, "crashed")
 
     def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
@@ -259,7 +285,8 @@ class Supervisor(Generic[T]):
         elif entry.evict_reason is not None and error is not None:
             self._warnings.warning("close_failed", error=str(error))
         self.roster.remove(entry)
-        del entry.task  # the two refer to each other, and would wait for the garbage collector
+        # The two refer to each other, and would wait for the garbage collector, with the worker.
+        del entry.task
         self.wake()
 
     def _on_lost(self, entry: Entry[T], reason: Reason) -> None:
@@ -297,6 +324,7 @@ class Supervisor(Generic[T]):
         async for entry in self._outbox:
             if entry is None:
                 self._is_woken = False
+            # It may have been evicted since it was sent.
             elif entry.state is State.SERVICING:
                 if entry.evict_reason is None or not self._evict_if_due(entry):
                     self.admit(entry, self.now())
@@ -308,7 +336,7 @@ class Supervisor(Generic[T]):
                 break
 
     def wake(self) -> None:
-        """Have the supervisor look at what is missing, in its own task."""
+        """Have the supervisor look at what is missing, in its own task. Any room may call it."""
         if not self._is_woken:
             self._is_woken = True
             self._inbox.send_nowait(None)
@@ -319,6 +347,7 @@ class Supervisor(Generic[T]):
             self.wake()
 
     def _wake_for_retry(self) -> None:
+        """Have the supervisor look again when the pause after a failed start is over."""
         self._nursery.start_soon(self._wake_at, self.starter.backoff.retry_at)
 
     @enable_ki_protection
@@ -356,8 +385,11 @@ class Supervisor(Generic[T]):
             self._notice_hangups()
 
     def _notice_hangups(self) -> None:
-        """Mark the workers whose peers have hung up, and evict the idle ones. The others leave when
-        their client, or their task, gives them back."""
+        """Mark the workers whose peers have hung up, and evict the idle ones.
+
+        The others leave when their client, or their own task, gives them back: the client may still
+        read what the peer sent before.
+        """
         self._hangups_seen_at = self.now()
         for entry in self._hangups.hung_up():
             self.roster.mark(entry, "hung_up")
@@ -368,7 +400,10 @@ class Supervisor(Generic[T]):
 
     @enable_ki_protection
     def drain(self) -> None:
-        """Refuse new checkouts, serve the waiters that are there, and close each worker after that."""
+        """Begin the shutdown: refuse new checkouts, close idle workers, serve the tasks that wait.
+
+        The supervisor ends when no task waits and every worker has been closed. May be called again.
+        """
         self.draining = True
         while self.roster.idle:
             self.evict(self.roster.idle[0], "shutdown")
@@ -376,7 +411,10 @@ class Supervisor(Generic[T]):
 
     @enable_ki_protection
     def close_now(self) -> None:
-        """Close every worker, also those that clients have, and refuse the tasks that wait."""
+        """End the shutdown: refuse the tasks that wait, close every worker, also those in use.
+
+        May be called again, and before `drain`.
+        """
         self.drain()
         for task in list(self.queue.waiters):
             self.queue.fail(task, PoolClosed(f"{self.name} was shut down"))

@@ -97,6 +97,7 @@ class WorkerTask(Generic[T]):
             self._life.cancel()
 
     def _wake_for(self, job: Callable[[], Awaitable[None]]) -> None:
+        # There is never more than one: a worker gets its next job only when it is ready again.
         self._job = job
         self._parking_lot.unpark()
 
@@ -108,6 +109,7 @@ class WorkerTask(Generic[T]):
         begun = trio.current_time()
         was_opened = False
         failure: Exception | None = None
+        # The one scope around everything bounds first the opening, then nothing, then the closing.
         self._life.deadline = begun + options.start_timeout
         close_timeout.set(options.close_timeout)
         try:
@@ -135,6 +137,7 @@ class WorkerTask(Generic[T]):
         except Exception as error:
             failure = unwrapped(error)
         if was_opened:
+            # Nothing but the deadline cancels the life of a worker that has been opened.
             if self._life.cancelled_caught:
                 failure = trio.TooSlowError(f"not closed within {options.close_timeout} s")
             await self._call_quietly("on_destroy", options.close_timeout, entry.evict_reason)
@@ -176,6 +179,8 @@ class WorkerTask(Generic[T]):
             await job()
 
     async def _reset_with_hooks(self) -> None:
+        """Make a returned worker ready: the hook `on_checkin`, a reset where it is needed, and the hook
+        `after_release` when it may be used again."""
         on_checkin = self._options.hooks.on_checkin
         if on_checkin is not None and not await self._attempt(
             "hook_failed", lambda: call(on_checkin, self._entry.worker)
