@@ -116,8 +116,6 @@ def check_count(option: str, value: object, *, least: int = 0) -> None:
 
 def check_seconds(option: str, value: object, *, more_than_zero: bool = False) -> None:
     """Raise unless `value` is a number of seconds; `math.inf` is one."""
-    if value.__class__ is float and value > 0:  # the usual case, fast
-        return
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{option} must be a number of seconds, not {value!r}")
     if math.isnan(value) or value < 0 or (more_than_zero and value == 0):

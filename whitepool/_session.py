@@ -73,7 +73,6 @@ class Session(Generic[T]):
     def __init__(self, supervisor: Supervisor[T]) -> None:
         self._supervisor = supervisor
         self._roster = supervisor.roster
-        self._idle = supervisor.roster.idle
         self._queue = supervisor.queue
         self._counters = supervisor.counters
         self._now = supervisor.now
@@ -101,7 +100,8 @@ class Session(Generic[T]):
         `PoolOverloaded` where `max_waiting` tasks wait already, or earlier than `timeout` where the
         queue grows (see `patience` of `Pool`), and `PoolClosed`.
         """
-        check_seconds("timeout", timeout)
+        if timeout.__class__ is not float or not timeout > 0:  # the usual case costs no call
+            check_seconds("timeout", timeout)
         if self._before_acquire is not None:
             await call(self._before_acquire)
         await checkpoint_if_cancelled()
@@ -169,15 +169,16 @@ class Session(Generic[T]):
 
     def _take_idle(self) -> Entry[T] | None:
         """Return an idle worker that is alive, as one in use; None where there is none."""
-        if self._supervisor.draining:
-            raise PoolClosed(f"{self.name} is shutting down, or has shut down")
-        while self._idle:
+        while self._roster.idle:
             now = self._now()
             entry = self._roster.take_idle(now)
-            if now - entry.idle_since < ALIVE_BYPASS_WINDOW or not self._supervisor.evict_if_dead(
-                entry
-            ):
+            if now - entry.idle_since < ALIVE_BYPASS_WINDOW:
                 return entry
+            if not self._supervisor.evict_if_dead(entry):
+                return entry
+        # This comes last, as a pool that is draining has no idle workers.
+        if self._supervisor.draining:
+            raise PoolClosed(f"{self.name} is shutting down, or has shut down")
         return None
 
     async def _yield_to_others(self) -> None:
