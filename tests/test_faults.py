@@ -18,6 +18,7 @@ from embedded_postgres import EmbeddedPostgres
 from proxy import Proxy, open_proxy
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
+from timing import until
 from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
@@ -40,17 +41,8 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.node.name[:60]  # type: ignore[no-any-return]
 
 
-async def until(condition: Callable[[], bool], within: float = 10.0) -> float:
-    """Return when the condition holds, with the seconds that took."""
-    begun = trio.current_time()
-    with trio.fail_after(within):
-        while not condition():
-            await trio.sleep(0.001)
-    return trio.current_time() - begun
-
-
 async def ask(session: Session, times: int = 20) -> None:
-    """Be a client who expects no trouble."""
+    """Be a client that expects no trouble."""
     for _ in range(times):
         async with session.worker() as connection:
             await connection.execute("SELECT 1")
@@ -178,9 +170,9 @@ async def test_a_connection_that_dies_while_out_is_lost(dsn: str, name: str) -> 
 
 
 @watched
-@pytest.mark.parametrize("in_line", [False, True], ids=["nobody waits", "somebody waits"])
+@pytest.mark.parametrize("waiting", [False, True], ids=["no task waits", "a task waits"])
 async def test_a_connection_that_dies_while_out_and_the_loop_is_blocked(
-    dsn: str, name: str, in_line: bool
+    dsn: str, name: str, waiting: bool
 ) -> None:
     """A client that blocks the event loop, and its connection's end, leaves no dead worker behind."""
     with trio.fail_after(BOUND), psycopg.connect(dsn, autocommit=True) as admin:
@@ -189,7 +181,7 @@ async def test_a_connection_that_dies_while_out_and_the_loop_is_blocked(
             trio.open_nursery() as nursery,
         ):
             async with session.worker() as connection:
-                if in_line:
+                if waiting:
                     nursery.start_soon(ask, session, 1)
                     await until(lambda: session.statistics().waiting == 1)
                 admin.execute(VICTIMS, (name,))
@@ -295,7 +287,7 @@ async def test_a_server_that_is_restarted_under_load(
 
 
 async def test_a_server_that_has_no_room_for_more(mortal_server: EmbeddedPostgres) -> None:
-    """Overflow that the server refuses fails nobody: those in line get the workers there are."""
+    """Overflow that the server refuses fails no client: tasks that wait get the workers there are."""
     with trio.fail_after(BOUND):
         async with open_pool(mortal_server.dsn, pool_size=5, max_overflow=40) as session:
 
@@ -326,7 +318,7 @@ def mortal_server() -> Iterator[EmbeddedPostgres]:
 
 
 async def test_a_server_that_comes_late(server: EmbeddedPostgres) -> None:
-    """A pool may be opened before its server is there; it waits, and does not besiege the place."""
+    """A pool may be opened before its server is there; it waits, and tries only now and then."""
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy, trio.open_nursery() as nursery:
 
@@ -366,7 +358,7 @@ async def test_a_silent_peer_is_found_by_the_probe(server: EmbeddedPostgres) -> 
                 check_books(session.statistics())
 
 
-async def test_a_probe_is_in_nobodys_way(server: EmbeddedPostgres) -> None:
+async def test_a_probe_keeps_no_client_waiting(server: EmbeddedPostgres) -> None:
     """While one worker is asked for a sign of life, others are handed out, or started, at once."""
     created: list[Connection] = []
     with trio.fail_after(BOUND):
@@ -604,7 +596,7 @@ async def being_configured(session: Session, proxy: Proxy, nursery: trio.Nursery
 async def test_a_shutdown_waits_for_no_silent_server(
     server: EmbeddedPostgres, situation: Situation
 ) -> None:
-    """`safe_shutdown` takes its timeout, and `close_timeout`, and not more; whatever was going on."""
+    """`safe_shutdown` takes its timeout, and `close_timeout`, and no more, whatever was under way."""
     timeout, close_timeout = 0.2, 0.3
 
     async def configure(connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""What must hold under whatever order Trio runs the tasks in.
+"""What must hold in any order in which Trio may run the tasks.
 
 Trio shuffles the tasks that are ready to run. Here the shuffle has a seed, and the seed is in the name
 of the test: what fails once, fails every time.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import random
-import signal
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 import trio
 import trio.testing
+from timing import alarm
 from trio._core import _run
 from workshop import Manager, Tool, Workshop, check_books
 
@@ -24,13 +24,9 @@ Session = whitepool.Session[Tool]
 SEEDS = range(40)
 
 
-class Hangs(BaseException):
-    """The pool does, or spins. Not an `Exception`: nobody may take it for a failed start."""
-
-
 @pytest.fixture(autouse=True)
 def giving_way(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkouts that find an idle worker all let others run, or none does, whatever the time is."""
+    """Checkouts that find an idle worker all let others run, or none does. The time does not matter."""
     monkeypatch.setattr("whitepool._session.BUSY_TIME", -1 if seed % 2 else math.inf)
 
 
@@ -41,20 +37,14 @@ def run(seed: int) -> Iterator[Callable[[Callable[[], Awaitable[None]]], None]]:
     def run_it(main: Callable[[], Awaitable[None]]) -> None:
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
-    def ring(*_: object) -> None:
-        raise Hangs
-
     schedule = _run._r.getstate()
     jitter = random.getstate()
     deterministic = _run._ALLOW_DETERMINISTIC_SCHEDULING
-    alarm = signal.signal(signal.SIGALRM, ring)
     _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
     _run._r.seed(seed)
     random.seed(seed)
-    signal.alarm(20)
-    yield run_it
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, alarm)
+    with alarm():
+        yield run_it
     _run._ALLOW_DETERMINISTIC_SCHEDULING = deterministic  # type: ignore[misc]
     _run._r.setstate(schedule)
     random.setstate(jitter)
@@ -180,7 +170,7 @@ class Storm:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.filterwarnings("ignore:.*never returned:ResourceWarning")
 def test_a_storm_leaves_the_pool_whole(seed: int, run: Run) -> None:
-    """After cancellations, crashes, leaks and outages, it has its workers and everybody an answer."""
+    """After cancellations, crashes, leaks and outages it has its workers, and clients their answers."""
     chance = random.Random(seed)
     manager = Works(chance)
 
@@ -225,8 +215,8 @@ def test_a_storm_leaves_the_pool_whole(seed: int, run: Run) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_nobody_is_overtaken(seed: int, run: Run) -> None:
-    """Clients are served in the order in which they came, whoever returns and whoever gives up."""
+def test_no_waiter_is_overtaken(seed: int, run: Run) -> None:
+    """Clients are served in the order in which they came, also where some return and some give up."""
     chance = random.Random(seed)
     shop = Workshop()
     came: list[int] = []
@@ -262,7 +252,7 @@ def test_nobody_is_overtaken(seed: int, run: Run) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_shutdown_in_the_storm_closes_everything(seed: int, run: Run) -> None:
-    """Whatever is under way: those in line are served or told, and nothing is left open."""
+    """In the middle of anything: each waiter is served or told, and nothing is left open."""
     chance = random.Random(seed)
     manager = Works(chance)
     ends: list[str] = []

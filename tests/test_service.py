@@ -17,12 +17,11 @@ import httpx
 import hypercorn.trio
 import pytest
 import trio
+from connections import Connection, ask
 from embedded_postgres import EmbeddedPostgres
 from hypercorn.config import Config
 from program import (
-    Connection,
     Errors,
-    ask,
     everything_was_closed,
     open_database,
     refuses,
@@ -222,9 +221,9 @@ async def test_sigterm_loses_no_request(server: EmbeddedPostgres, errors: Errors
                     await until(is_slow)
                     process.send_signal(SIGTERM)
                     await until(service.is_unready)
-                    # The load ends by itself: everybody is told to look elsewhere, and does.
+                    # The load ends by itself: each client is told to try another server, and does.
 
-                # From here on nobody needs the notice any more, so cut it short.
+                # From here on no client needs the notice any more, so cut it short.
                 process.send_signal(SIGTERM)
                 await until(lambda: refuses(service.address))
                 assert await silent.receive_some() == b""  # which may not hold up anything
@@ -322,8 +321,10 @@ async def test_a_long_line_is_not_made_longer(
             await until(are_served)
 
 
-async def test_nobody_stays_in_line(server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who gets no connection within the time for that is turned away, and may look elsewhere."""
+async def test_no_request_waits_longer_than_it_may(
+    server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that gets no connection in time is refused, and its client may try another server."""
     with trio.fail_after(BOUND):
         async with (
             open_database(server) as (dsn, onlooker),

@@ -1,24 +1,20 @@
-"""What the tests of the Postgres side share: a look at the server, and a well-aimed cancellation."""
+"""A look at the server from outside, and what can be done to it from there."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-import trio
-from psycopg import pq
-
-from whitepool.postgres import TrioConnection
+from timing import until
 
 
 class Onlooker:
     """Looks at the server over a connection of its own, which has nothing to do with Trio."""
 
     def __init__(self, dsn: str) -> None:
-        # Whatever a test has left locked is a failure, and not a reason to hang.
+        # What a test has left locked makes the next one fail, and not hang.
         self._connection = psycopg.connect(dsn, autocommit=True, options="-c lock_timeout=5s")
 
     def ask(self, query: str, *parameters: object) -> Any:
@@ -57,73 +53,30 @@ class Onlooker:
         self._connection.close()
 
 
-async def until(condition: Callable[[], bool], within: float = 5.0) -> None:
-    """Return when the condition holds; fail when it does not come to that."""
-    with trio.fail_after(within):
-        while not condition():
-            await trio.sleep(0.002)
+def freeze(backend: int) -> None:
+    """Stop the process that serves a connection: it reads nothing and writes nothing."""
+    os.kill(backend, signal.SIGSTOP)
 
 
-async def cancel_where_it_waits(operation: Callable[[], Awaitable[object]]) -> None:
-    """Run an operation, and cancel it at the first point where it waits for anything."""
-
-    async def cancel() -> None:
-        scope.cancel()
-
-    with trio.CancelScope() as scope:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancel)
-            await operation()
-            await trio.lowlevel.checkpoint()  # where the answer was faster than the cancellation
-    assert scope.cancelled_caught
+def thaw(backend: int) -> None:
+    os.kill(backend, signal.SIGCONT)
 
 
-@contextmanager
-def listening_to_ctrl_c() -> Iterator[None]:
-    """Have Ctrl-C raise KeyboardInterrupt, as it may not in a program started in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+class slow_commits:
+    """A table `slow`; to commit a row in it takes half a minute."""
 
+    def __init__(self, onlooker: Onlooker) -> None:
+        self._onlooker = onlooker
 
-def press_ctrl_c(after: Callable[[], Awaitable[object]]) -> None:
-    """Press Ctrl-C in the main task of the running program, after something has happened."""
+    def __enter__(self) -> None:
+        self.__exit__()
+        self._onlooker.do(
+            "CREATE TABLE slow (i int);"
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN PERFORM pg_sleep(30); RETURN NULL; END';"
+            "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON slow DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION slow()"
+        )
 
-    async def press() -> None:
-        await after()
-        signal.raise_signal(signal.SIGINT)
-
-    trio.lowlevel.spawn_system_task(press)  # nobody else's KeyboardInterrupt
-
-
-def status(connection: TrioConnection[Any]) -> pq.TransactionStatus:
-    return pq.TransactionStatus(connection.pgconn.transaction_status)
-
-
-def backend(connection: TrioConnection[Any]) -> int:
-    return connection.pgconn.backend_pid
-
-
-async def check_usable(connection: TrioConnection[Any]) -> None:
-    """Everything that somebody who gets a connection expects of it."""
-    assert not connection.closed
-    assert status(connection) is pq.TransactionStatus.IDLE
-    assert connection.pgconn.pipeline_status == pq.PipelineStatus.OFF
-    with trio.fail_after(3):
-        async with connection.transaction():
-            cursor = await connection.execute("SELECT 1")
-            assert await cursor.fetchall() == [(1,)]
-        await connection.execute("SELECT 1")
-        await connection.rollback()
-        await connection.execute("SELECT 1")
-        await connection.commit()
-    assert status(connection) is pq.TransactionStatus.IDLE
-
-
-async def check_usable_after_rollback(connection: TrioConnection[Any]) -> None:
-    """The same, where a transaction may have been left open."""
-    with trio.fail_after(3):
-        await connection.rollback()
-    await check_usable(connection)
+    def __exit__(self, *_: object) -> None:
+        self._onlooker.do("DROP TABLE IF EXISTS slow; DROP FUNCTION IF EXISTS slow")

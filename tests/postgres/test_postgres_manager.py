@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import psycopg
 import pytest
 import trio
-from onlooker import Onlooker, backend, check_usable, status, until
+from connections import Connection, backend, check_usable, status
+from onlooker import Onlooker
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
+from timing import until
 from workshop import check_books
 
 import whitepool
 from whitepool.postgres import PostgresManager, TrioConnection, connect, open_pool
 
-Connection = TrioConnection[Any]
 Session = whitepool.Session[Connection]
 OpenPool = Callable[..., AbstractAsyncContextManager[Session]]
 
 APPLICATION = "whitepool-manager"
 """What the connections of these tests call themselves, for the onlooker."""
-
-
-@pytest.fixture
-def onlooker(dsn: str) -> Iterator[Onlooker]:
-    onlooker = Onlooker(dsn)
-    yield onlooker
-    onlooker.close()
-
-
-@pytest.fixture
-def notes(onlooker: Onlooker) -> Iterator[Callable[[], int]]:
-    """A table `notes`; call it for the number of its rows."""
-    onlooker.do("DROP TABLE IF EXISTS notes")
-    onlooker.do("CREATE TABLE notes (note text)")
-    yield lambda: int(onlooker.ask("SELECT count(*) FROM notes"))
-    onlooker.do("DROP TABLE notes")
 
 
 @pytest.fixture(params=["open_pool", "a bare factory"])
@@ -117,7 +102,7 @@ def test_a_wrong_option_is_refused_at_once(dsn: str) -> None:
 
 
 async def test_configure_runs_once_for_each_new_connection(dsn: str) -> None:
-    """Each connection is configured once, before anybody gets it; so is one that replaces another."""
+    """Each connection is configured once, before a client gets it; so is one that replaces another."""
     configured: list[int] = []
 
     async def configure(connection: Connection) -> None:
@@ -254,10 +239,10 @@ async def test_a_clean_return_needs_no_reset(pool_of_one: OpenPool) -> None:
         session.checkin(resource)
 
 
-async def test_the_next_in_line_waits_for_the_rollback(
+async def test_the_next_waiter_waits_for_the_rollback(
     pool_of_one: OpenPool, notes: Callable[[], int]
 ) -> None:
-    """A task in line gets the connection when it has been rolled back, and not before."""
+    """A waiter gets the connection when it has been rolled back, and not before."""
     seen: list[TransactionStatus] = []
 
     async def next_client() -> None:
@@ -298,7 +283,7 @@ async def test_a_connection_that_cannot_be_rolled_back_is_replaced(
 async def test_a_transaction_block_that_was_not_left_costs_the_connection(
     pool_of_one: OpenPool,
 ) -> None:
-    """A connection returned inside a `transaction()` block is not given to anybody else."""
+    """A connection returned inside a `transaction()` block is not given to another client."""
     async with pool_of_one() as session:
         resource = await session.block_checkout()
         connection = resource.get()
@@ -364,7 +349,7 @@ async def test_a_connection_in_the_middle_of_something_is_discarded(
     leave: Callable[[Connection], Awaitable[None]],
     autocommit: bool,
 ) -> None:
-    """A connection left in a pipeline, a copy or a query counts as lost, and nobody else gets it."""
+    """A connection left in a pipeline, a copy or a query counts as lost, and no client gets it."""
     async with pool_of_one(autocommit=autocommit) as session:
         async with session.worker() as connection:
             mine = backend(connection)
@@ -421,7 +406,7 @@ async def test_a_cancelled_query_costs_no_connection(pool_of_one: OpenPool) -> N
 
 @pytest.mark.parametrize("by", ["safe_shutdown", "leaving", "an exception"])
 async def test_no_backend_is_left(dsn: str, onlooker: Onlooker, by: str) -> None:
-    """When a pool is closed, in whatever way, the server has none of its connections any more."""
+    """When a pool is closed, in any way, the server has none of its connections any more."""
     try:
         async with open_pool(dsn, application_name=APPLICATION, pool_size=4) as session:
             async with session.worker() as connection:

@@ -12,48 +12,40 @@ from typing import Any, NamedTuple
 import psycopg
 import pytest
 import trio
-from onlooker import Onlooker, until
+from connections import Connection, ask
+from onlooker import Onlooker
 from psycopg import AsyncClientCursor, AsyncRawCursor, IsolationLevel, errors
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row, tuple_row
 from psycopg.types.string import TextLoader
+from timing import until
 from trio.testing import wait_all_tasks_blocked
 
 from whitepool import PoolStartError, Session, open_pool
-from whitepool.postgres import PostgresManager, TrioConnection
+from whitepool.postgres import PostgresManager
 from whitepool.postgres import open_pool as open_postgres_pool
 
-Connection = TrioConnection[Any]
 Step = Callable[[Connection], Awaitable[object]]
 
-SECRET = "s3cret-of-the-house"
+SECRET = "s3cret-of-the-tests"
 
 
 @pytest.fixture
-def onlooker(dsn: str) -> Iterator[Onlooker]:
-    onlooker = Onlooker(dsn)
+def onlooker(onlooker: Onlooker) -> Iterator[Onlooker]:
+    """It has a sequence `numbers` and a role `resident`."""
     onlooker.do("DROP SEQUENCE IF EXISTS numbers; CREATE SEQUENCE numbers")
     onlooker.do("DROP ROLE IF EXISTS resident; CREATE ROLE resident")
     yield onlooker
     onlooker.do("DROP SEQUENCE numbers; DROP ROLE resident")
-    onlooker.close()
 
 
 @asynccontextmanager
 async def a_pool(dsn: str, **options: Any) -> AsyncIterator[Session[Connection]]:
-    """A pool of a single connection, that no other task ever looks after."""
+    """A pool of a single connection."""
     async with open_postgres_pool(dsn, pool_size=1, max_overflow=0, **options) as pool:
         yield pool
-
-
-async def ask(connection: Connection, query: str) -> Any:
-    """The first column of the first row."""
-    cursor = connection.cursor(row_factory=tuple_row)
-    await cursor.execute(query.encode())
-    row = await cursor.fetchone()
-    return row and row[0]
 
 
 async def outcome(work: Awaitable[object]) -> object:
@@ -349,7 +341,7 @@ async def test_nothing_is_left_on_the_object(dsn: str, onlooker: Onlooker, name:
 # What is there again
 
 
-async def test_configure_comes_again(dsn: str, onlooker: Onlooker) -> None:
+async def test_configure_runs_again_after_a_reset(dsn: str, onlooker: Onlooker) -> None:
     """What `configure` sets, on the server and on the object, is there for every client."""
     configured: list[Connection] = []
 
@@ -381,7 +373,7 @@ async def test_configure_comes_again(dsn: str, onlooker: Onlooker) -> None:
                 connection.cursor_factory = AsyncRawCursor
 
 
-async def test_keywords_of_connect_come_again(dsn: str) -> None:
+async def test_keywords_of_connect_hold_again_after_a_reset(dsn: str) -> None:
     """What was given to connect holds for every client."""
     context = AdaptersMap(psycopg.adapters)
     context.register_loader("text", Loader)
@@ -446,7 +438,7 @@ async def test_a_statement_prepared_of_a_table_that_is_gone(dsn: str) -> None:
 # When it happens
 
 
-async def test_it_happens_in_the_host(dsn: str) -> None:
+async def test_a_reset_happens_in_the_worker_task(dsn: str) -> None:
     """checkin returns at once; the connection is being reset then, and ready afterwards."""
     async with a_pool(dsn, reset="session") as pool:
         resource = await pool.block_checkout()
@@ -460,19 +452,19 @@ async def test_it_happens_in_the_host(dsn: str) -> None:
         assert pool.statistics().resetting == 0
 
 
-async def test_a_task_in_line_waits_for_the_reset(dsn: str) -> None:
-    """A connection goes to the next in line only when it has been reset."""
+async def test_a_waiter_waits_for_the_reset(dsn: str) -> None:
+    """A connection goes to the next waiter only when it has been reset."""
     async with a_pool(dsn, reset="session") as pool:
         resource = await pool.block_checkout()
         await resource.get().execute("SET work_mem = '7MB'")
         await resource.get().commit()
 
-        async def next_in_line() -> None:
+        async def next_waiter() -> None:
             async with pool.worker() as connection:
                 assert await ask(connection, "SHOW work_mem") != "7MB"
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(next_in_line)
+            nursery.start_soon(next_waiter)
             await until(lambda: pool.statistics().waiting == 1)
             pool.checkin(resource)
 
@@ -482,7 +474,7 @@ async def test_a_session_that_cannot_be_reset_is_replaced(dsn: str, onlooker: On
     async with a_pool(dsn, reset="session", reset_timeout=0.2) as pool:
         async with pool.worker() as connection:
             backend = connection.info.backend_pid
-            # Dropping the temporary table has to wait for somebody who reads its definition.
+            # Dropping the temporary table has to wait for a transaction that reads its definition.
             await connection.execute("CREATE TEMP TABLE wanted (x int)")
             await connection.commit()
             schema = await ask(connection, "SELECT pg_my_temp_schema()::regnamespace::text")
@@ -525,16 +517,16 @@ async def test_a_two_phase_transaction_costs_the_connection(dsn: str) -> None:
 
 
 async def notify(onlooker: Onlooker) -> None:
-    """Send a notification to whoever is waiting for it by then."""
+    """Send a notification when the tasks that want it wait for it."""
     await wait_all_tasks_blocked()
     onlooker.do("NOTIFY news")
 
 
 @pytest.mark.parametrize("reset", ["rollback", "session"])
-async def test_a_generator_that_somebody_keeps_costs_the_connection(
+async def test_a_generator_that_is_kept_costs_the_connection(
     dsn: str, onlooker: Onlooker, reset: str
 ) -> None:
-    """Nobody is given a connection whose lock another task still holds."""
+    """No client is given a connection whose lock another task still holds."""
     async with a_pool(dsn, reset=reset, reset_timeout=0.2, autocommit=True) as pool:
         async with pool.worker() as connection:
             backend = connection.info.backend_pid
@@ -554,7 +546,7 @@ async def test_a_generator_that_somebody_keeps_costs_the_connection(
 async def test_a_generator_left_to_the_garbage_collector_costs_nothing(
     dsn: str, onlooker: Onlooker
 ) -> None:
-    """The end of a connection's last use is waited for, in its host."""
+    """The end of a connection's last use is waited for, in its worker task."""
     async with a_pool(dsn, autocommit=True) as pool:
         async with pool.worker() as connection:
             backend = connection.info.backend_pid
@@ -580,11 +572,11 @@ async def test_a_block_that_was_never_left_costs_the_connection(dsn: str) -> Non
         await block.__aexit__(None, None, None)
 
 
-# A callable of one's own
+# A callable of your own
 
 
 @pytest.mark.parametrize("left_open", [False, True])
-async def test_a_callable_of_ones_own(dsn: str, left_open: bool) -> None:
+async def test_a_callable_of_your_own_resets(dsn: str, left_open: bool) -> None:
     """It gets the connection after each client, outside a transaction."""
     seen: list[tuple[Connection, int]] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import psycopg
 import pytest
 import trio
 import trustme
+from connections import backend, check_usable
 from embedded_postgres import EmbeddedPostgres
-from onlooker import Onlooker, backend, check_usable, until
+from onlooker import Onlooker
 from psycopg.conninfo import make_conninfo
+from timing import until
 from tls_proxy import HOST, TLSProxy, open_tls_proxy, server_context
 from workshop import check_books
 
@@ -67,13 +69,6 @@ async def plain_proxy(server: EmbeddedPostgres) -> AsyncIterator[TLSProxy]:
     """A server without TLS."""
     async with open_tls_proxy(server.port, None) as proxy:
         yield proxy
-
-
-@pytest.fixture
-def onlooker(dsn: str) -> Iterator[Onlooker]:
-    onlooker = Onlooker(dsn)
-    yield onlooker
-    onlooker.close()
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +141,7 @@ async def test_modes_that_prefer_no_tls(proxy: TLSProxy, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["prefer", "require"])
-async def test_modes_that_trust_anybody(proxy: TLSProxy, mode: str) -> None:
+async def test_modes_that_believe_any_certificate(proxy: TLSProxy, mode: str) -> None:
     """prefer and require use TLS where there is TLS, and believe any certificate."""
     await check_connects(at(proxy, sslmode=mode), secure=True)
     assert proxy.plain == 0
@@ -276,7 +271,7 @@ async def test_a_client_with_a_strange_certificate(
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 async def test_a_peer_that_hangs_up_is_noticed(proxy: TLSProxy, reset: bool) -> None:
-    """Idle connections whose TLS ends without a word are replaced before anybody gets them."""
+    """Idle connections whose TLS ends without a word are replaced before a client gets them."""
     with trio.fail_after(5):
         async with open_pool(at(proxy, sslmode="require"), pool_size=3) as pool:
             await until(lambda: pool.statistics().idle == 3)

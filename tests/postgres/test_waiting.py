@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 import trio
-from onlooker import listening_to_ctrl_c, press_ctrl_c
+from keyboard import listening_to_ctrl_c, press_ctrl_c
 from psycopg import pq
 from psycopg.waiting import Ready, Wait
 from trio.testing import wait_all_tasks_blocked
