@@ -1,5 +1,6 @@
 """A supervised worker pool for Trio, and psycopg 3 on Trio to fill it with."""
 
+from ._entry import Reason
 from ._errors import (
     CheckoutTimeout,
     NotCheckedOut,
@@ -9,7 +10,7 @@ from ._errors import (
     PoolOverloaded,
     PoolStartError,
 )
-from ._hooks import Hooks, Reason
+from ._hooks import Hooks
 from ._manager import WorkerManager
 from ._pool import Pool, open_pool
 from ._session import Resource, Session

@@ -9,8 +9,8 @@ FIRST_BOUND = 0.05
 """Seconds. The first pause is at most this long."""
 
 LONGEST_BOUND = 0.8
-"""Seconds. As no pause is longer, a pool is whole again within a second of the moment in which its
-server accepts connections."""
+"""Seconds. As no pause is longer, a pool tries again within a second of the moment in which its server
+accepts connections."""
 
 FAILURE_RESET_AFTER = 5.0
 """Seconds without a failure after which the next one counts as the first again."""
@@ -38,8 +38,13 @@ class Backoff:
         self.retry_at = -math.inf
         """No start before this time."""
         self.failures = 0
-        """Failures in a row. Those of starts that were under way together count as one."""
+        """Failures without a pause of `FAILURE_RESET_AFTER`, even if starts succeeded in between. Those
+        of starts that were under way together count as one."""
         self._last_failure = -math.inf
+
+    def recent_error(self, now: float) -> Exception | None:
+        """Return why the last start failed, unless that is longer ago than `FAILURE_RESET_AFTER`."""
+        return self.last_error if now <= self._last_failure + FAILURE_RESET_AFTER else None
 
     def succeeded(self) -> None:
         """Note that a start has succeeded: the others need not wait."""
@@ -49,7 +54,7 @@ class Backoff:
     def failed(self, error: Exception, *, begun: float, now: float) -> None:
         """Note that a start which began at the time `begun` has failed."""
         self.last_error = error
-        # It was under way when another one failed, so the server has not refused once more.
+        # It was under way when another one failed, so this is the same refusal, not another.
         if begun < self._last_failure:
             return
         # A success in between changes nothing: a server may take connections only to drop them.
@@ -73,10 +78,9 @@ class EarlyDeaths:
         self._last = -math.inf
 
     def too_many(self, *, opened_at: float, now: float) -> bool:
-        """Count the death of a worker where it is early; say whether there have been too many.
+        """Count the death of a worker if it is early; say whether there have been too many.
 
-        Beyond `most` without a pause of `FAILURE_RESET_AFTER`, it is the successors of those that died
-        early which die early as well.
+        More than `most` without a pause of `FAILURE_RESET_AFTER` mean that replacements die early, too.
         """
         if now >= opened_at + EARLY_DEATH_WINDOW:
             return False

@@ -6,20 +6,22 @@ import math
 import random
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-from ._hooks import Reason
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from ._worker_task import WorkerTask
 
 T = TypeVar("T")
 
+SMALLEST_JITTER = 0.9
+"""The smallest factor for the periods of a worker. See `Entry.jitter`."""
+
 
 class State(Enum):
     """Where a worker is in its life. Only `Roster` changes it, and `TRANSITIONS` says how."""
 
     OPENING = "its worker task is opening it"
+    # What the statistics call `resetting`.
     SERVICING = "its worker task has just opened it, resets it, or probes it"
     IDLE = "it is ready to be handed out"
     IN_USE = "a client has it"
@@ -38,29 +40,58 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 """The states that may follow each state. A worker whose task has ended leaves the roster."""
 
 
+Reason = Literal[
+    "overflow",
+    "idle",
+    "lifetime",
+    "shutdown",
+    "crashed",
+    "hung_up",
+    "check_failed",
+    "dead",
+    "destroyed",
+    "reset_failed",
+    "hook_failed",
+    "leaked",
+]
+"""Why a worker left. Retired in good health: ``"overflow"`` (beyond `pool_size`, and not needed),
+``"idle"``, ``"lifetime"``, ``"shutdown"``. Lost: ``"crashed"`` (a background task of the worker),
+``"hung_up"`` (its peer did), ``"check_failed"``, ``"dead"`` (`WorkerManager.is_alive` said so).
+Destroyed: ``"destroyed"`` (by a client), ``"reset_failed"``, ``"hook_failed"``. And ``"leaked"``."""
+
+
 class Departure(Enum):
     """When a worker that has to leave may go. It follows from the reason: see `REASONS`."""
 
     AT_ONCE = "whatever its state"
-    ON_RETURN = "at once where it is idle, else when its client or its worker task gives it back"
+    ON_RETURN = "at once if it is idle, else when its client or its worker task gives it back"
     WHEN_REPLACED = "when it is idle, and another worker is there in its place"
 
 
-REASONS: dict[Reason, tuple[str, Departure]] = {
-    "overflow": ("retired", Departure.AT_ONCE),
-    "idle": ("retired", Departure.WHEN_REPLACED),
-    "lifetime": ("retired", Departure.WHEN_REPLACED),
-    "shutdown": ("retired", Departure.AT_ONCE),
-    "crashed": ("lost", Departure.AT_ONCE),
-    "hung_up": ("lost", Departure.ON_RETURN),
-    "check_failed": ("lost", Departure.AT_ONCE),
-    "dead": ("lost", Departure.AT_ONCE),
-    "destroyed": ("destroyed", Departure.AT_ONCE),
-    "reset_failed": ("destroyed", Departure.AT_ONCE),
-    "hook_failed": ("destroyed", Departure.AT_ONCE),
-    "leaked": ("leaked", Departure.AT_ONCE),
+class Leaving(NamedTuple):
+    """What follows from a reason to leave."""
+
+    counter: str
+    """The statistic that counts it."""
+    departure: Departure
+    """When the worker may go."""
+
+
+REASONS: dict[Reason, Leaving] = {
+    "overflow": Leaving("retired", Departure.AT_ONCE),
+    "idle": Leaving("retired", Departure.WHEN_REPLACED),
+    "lifetime": Leaving("retired", Departure.WHEN_REPLACED),
+    "shutdown": Leaving("retired", Departure.AT_ONCE),
+    "crashed": Leaving("lost", Departure.AT_ONCE),
+    "hung_up": Leaving("lost", Departure.ON_RETURN),
+    "check_failed": Leaving("lost", Departure.AT_ONCE),
+    "dead": Leaving("lost", Departure.AT_ONCE),
+    "destroyed": Leaving("destroyed", Departure.AT_ONCE),
+    "reset_failed": Leaving("destroyed", Departure.AT_ONCE),
+    "hook_failed": Leaving("destroyed", Departure.AT_ONCE),
+    "leaked": Leaving("leaked", Departure.AT_ONCE),
 }
-"""For each reason to leave: the statistic that counts it, and when the worker may go."""
+"""What follows from each reason."""
 
 
 class Entry(Generic[T]):
@@ -96,7 +127,7 @@ class Entry(Generic[T]):
         self.evict_reason: Reason | None = None
         """Why the worker has to leave, or had to. None while it may stay."""
         # Workers that were opened together must not all be replaced, or probed, together.
-        self.jitter = random.uniform(0.9, 1)
+        self.jitter = random.uniform(SMALLEST_JITTER, 1)
         """The factor for the periods of this worker."""
         self.opened_at = -math.inf
         self.opening_time = 0.0
@@ -104,15 +135,16 @@ class Entry(Generic[T]):
         self.expires_at = math.inf
         """When it has reached its `max_lifetime`."""
         self.in_use_since = -math.inf
-        """When it was handed to its client, or to the one before."""
+        """When it was last handed to a client."""
         self.idle_since = -math.inf
         """When it last became ready for a client. A probe does not change this."""
         self.probed_at = -math.inf
         """When it last answered a probe."""
         self.probing = False
-        """Whether it is being serviced for a probe, after which it goes back to where it was."""
+        """Whether it is SERVICING for a probe. A probe is no use of the worker, so it keeps its
+        `idle_since`, and with it its place among the idle ones."""
         self.fileno: int | None = None
-        # A manager that leaves a question to its default is not asked at all: None.
+        # None if the manager does not override the method: then it is not called.
         self.is_alive: Callable[[T], bool] | None = None
         self.needs_reset: Callable[[T], bool] | None = None
         self.can_be_checked = False
@@ -128,5 +160,5 @@ class Entry(Generic[T]):
         return (
             self.evict_reason is not None
             and self.is_open
-            and REASONS[self.evict_reason][1] is Departure.WHEN_REPLACED
+            and REASONS[self.evict_reason].departure is Departure.WHEN_REPLACED
         )

@@ -39,7 +39,7 @@ class HangupWatch(Generic[T]):
             self._forget(fileno)
 
     def hung_up(self) -> list[T]:
-        """Return the workers whose peers have hung up since, and stop watching them."""
+        """Return the workers whose peers have hung up since the last call, and stop watching them."""
         found = []
         if self._epoll is not None and not self._epoll.closed:
             is_stale = False
@@ -62,7 +62,7 @@ class HangupWatch(Generic[T]):
                 await trio.lowlevel.wait_readable(self._epoll)
 
     def close(self) -> None:
-        """Stop watching everything. The descriptors stay open."""
+        """Stop watching everything. The watched descriptors stay open."""
         self.watched.clear()
         if self._epoll is not None:
             self._epoll.close()
@@ -90,7 +90,10 @@ class HangupWatch(Generic[T]):
 
 
 def _has_hung_up(fileno: int) -> bool:
-    """Ask of one descriptor what the epoll descriptor said of its number, which may be stale."""
+    """Return whether the file that has this number now has hung up.
+
+    The epoll descriptor may have reported a closed file that had the number before.
+    """
     poller = select.poll()
     poller.register(fileno, select.POLLRDHUP)
     return bool(poller.poll(0))

@@ -1,30 +1,11 @@
-"""Functions of the application that the pool calls in the life of a worker; why a worker left."""
+"""Functions of the application that the pool calls in the life of a worker."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Union
-
-Reason = Literal[
-    "overflow",
-    "idle",
-    "lifetime",
-    "shutdown",
-    "crashed",
-    "hung_up",
-    "check_failed",
-    "dead",
-    "destroyed",
-    "reset_failed",
-    "hook_failed",
-    "leaked",
-]
-"""Why a worker left. Retired in good health: ``"overflow"`` (beyond `pool_size`, and not needed),
-``"idle"``, ``"lifetime"``, ``"shutdown"``. Lost: ``"crashed"`` (a background task of the worker),
-``"hung_up"`` (its peer did), ``"check_failed"``, ``"dead"`` (`WorkerManager.is_alive` said so).
-Destroyed: ``"destroyed"`` (by a client), ``"reset_failed"``, ``"hook_failed"``. And ``"leaked"``."""
+from typing import Any, Union
 
 Hook = Union[Callable[..., None], Callable[..., Awaitable[None]]]
 
@@ -34,7 +15,8 @@ class Hooks:
     """Functions that the pool calls in the life of a worker, each plain or async.
 
     `before_acquire` and `on_checkout` run in the task that checks out, without a timeout of the pool's.
-    The others run in the worker's own task, and take part in its timeouts.
+    The others run in the worker's own task, and are bounded by `start_timeout`, `reset_timeout` or
+    `close_timeout`.
     """
 
     on_create: Hook | None = None
@@ -57,7 +39,7 @@ class Hooks:
     `reset_timeout`. One that raises is logged."""
 
     on_destroy: Hook | None = None
-    """Called with the `Reason` when a worker has been closed, in the worker's task, within
+    """Called with the reason (see `Reason`) when a worker has been closed, in the worker's task, within
     `close_timeout`. One that raises is logged."""
 
     def __post_init__(self) -> None:
@@ -76,7 +58,7 @@ async def call(hook: Hook | None, *arguments: Any) -> None:
 
 
 def call_now(name: str, hook: Hook | None, *arguments: Any) -> None:
-    """Call a hook, if there is one, where it can't be waited for."""
+    """Call a hook, if there is one, from a plain function. Raises `TypeError` if the hook is async."""
     if hook is not None:
         result = hook(*arguments)
         if inspect.iscoroutine(result):

@@ -32,8 +32,8 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
 )
 
 
-class ThrottledLog:
-    """Warnings of one pool, at most one in a second: a server that is down causes hundreds."""
+class PoolLog:
+    """The log of one pool."""
 
     def __init__(self, pool: str) -> None:
         self._pool = pool
@@ -41,13 +41,20 @@ class ThrottledLog:
         self._suppressed = 0
 
     def warning(self, event: str, **keys: object) -> None:
-        """Log an event, unless the last one is not a second ago. The next one then counts it."""
+        """Log an event that is rare."""
+        log.warning(event, pool=self._pool, **keys)
+
+    def throttled_warning(self, event: str, **keys: object) -> None:
+        """Log an event that may be frequent, unless one was logged less than a second ago.
+
+        The next one that is logged says how many were suppressed.
+        """
         now = trio.current_time()
         if now - self._last < 1:
             self._suppressed += 1
             return
         if self._suppressed:
             keys["suppressed"] = self._suppressed
-        log.warning(event, pool=self._pool, **keys)
+        self.warning(event, **keys)
         self._last = now
         self._suppressed = 0

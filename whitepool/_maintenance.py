@@ -1,7 +1,7 @@
 """Maintenance: retires workers that are surplus, too old or unused, and probes the rest.
 
-`_sizing` decides which workers are due, and the supervisor replaces them. The loop here is between the
-two.
+The loop here asks `_sizing` which workers are due, evicts or marks them, and wakes the supervisor,
+which replaces them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from . import _sizing as sizing
-from ._entry import Entry, State
-from ._hooks import Reason
+from ._entry import Entry, Reason, State
 from ._options import Options
 from ._roster import Roster
 

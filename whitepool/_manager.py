@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
@@ -38,7 +37,7 @@ class WorkerManager(Generic[T]):
         raise NotImplementedError
 
     async def close(self, worker: T) -> None:
-        """Close a worker: by its ``aclose()`` or ``close()``, plain or async, where it has one."""
+        """Close a worker: by its ``aclose()`` or ``close()``, plain or async, if it has one."""
         close = getattr(worker, "aclose", None) or getattr(worker, "close", None)
         if close is not None:
             result = close()
@@ -82,12 +81,8 @@ class WorkerManager(Generic[T]):
         Override it for workers that need a nursery of their own. It is entered and left in the worker's
         own task. When one of its background tasks crashes, the worker is replaced.
         """
-        worker = await self.create()
-        try:
+        async with _closing(await self.create(), self) as worker:
             yield worker
-        finally:
-            with _closing():
-                await self.close(worker)
 
 
 class FactoryManager(WorkerManager[T]):
@@ -105,12 +100,9 @@ class FactoryManager(WorkerManager[T]):
             async with cast("AbstractAsyncContextManager[T]", made) as worker:
                 yield worker
         elif inspect.isawaitable(made):
-            worker = cast("T", await made)
-            try:
+            opened = cast("T", await made)
+            async with _closing(opened, manager_of(opened, self)) as worker:
                 yield worker
-            finally:
-                with _closing():
-                    await manager_of(worker, self).close(worker)
         else:
             raise PoolStartError(
                 "the factory must return an awaitable or an async context manager, "
@@ -118,22 +110,34 @@ class FactoryManager(WorkerManager[T]):
             )
 
 
-def _closing() -> trio.CancelScope:
-    """Make a scope for closing a worker.
+@asynccontextmanager
+async def _closing(worker: T, manager: WorkerManager[T]) -> AsyncIterator[T]:
+    """Close a worker at the end of a block, within `close_timeout`.
 
-    The worker task bounds the time. Only where opening the worker was given up, or where one of its own
-    tasks has crashed, everything around it has been cancelled already, and it needs a scope of its own.
+    It is shielded: if opening the worker was given up, or one of its own tasks has crashed, everything
+    around it has been cancelled. What ended the block is not hidden by a close that takes too long.
     """
-    if trio.current_effective_deadline() > -math.inf:
-        return trio.CancelScope()
-    return trio.CancelScope(shield=True, deadline=trio.current_time() + close_timeout.get())
+    seconds = close_timeout.get()
+    scope = trio.CancelScope(shield=True)
+    try:
+        yield worker
+    except BaseException:
+        scope.deadline = trio.current_time() + seconds
+        with scope:
+            await manager.close(worker)
+        raise
+    scope.deadline = trio.current_time() + seconds
+    with scope:
+        await manager.close(worker)
+    if scope.cancelled_caught:
+        raise trio.TooSlowError(f"not closed within {seconds} s")
 
 
 def manager_of(worker: T, manager: WorkerManager[T]) -> WorkerManager[T]:
     """Find the manager of a worker: `manager`, unless the worker's class brings its own.
 
     A class brings one in the attribute ``__worker_manager__``. Then its objects are reset, checked and
-    watched also where a bare factory makes them.
+    watched even if a bare factory makes them.
     """
     if isinstance(manager, FactoryManager):
         own: WorkerManager[T] | None = getattr(type(worker), "__worker_manager__", None)

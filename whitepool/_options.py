@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Literal, get_args
 
 from ._hooks import Hooks
 
@@ -45,7 +45,7 @@ class Options:
 
     max_lifetime: float = math.inf
     """A worker this old, less up to a tenth by chance, is retired once it is idle. Its replacement is
-    opened first, where there is room."""
+    opened first, if there is room."""
 
     check_interval: float = 30.0
     """An idle worker is probed with `WorkerManager.check` this often, or up to a tenth more often.
@@ -68,7 +68,8 @@ class Options:
     """Workers being opened at once."""
 
     max_waiting: float = math.inf
-    """Tasks that may wait for workers that clients hold. One more gets `PoolOverloaded` at once."""
+    """Tasks that may wait for a client to return a worker. One more gets `PoolOverloaded` at once.
+    Tasks for which the pool itself can open, reset or replace a worker do not count."""
 
     patience: float = 0.4
     """While the wait queue grows, a task is shed with `PoolOverloaded` once it has waited this share of
@@ -96,7 +97,7 @@ class Options:
             raise TypeError(f"lazy must be a bool, not {self.lazy!r}")
         if not isinstance(self.strategy, str):
             raise TypeError(f"strategy must be a str, not {self.strategy!r}")
-        if self.strategy not in ("lifo", "fifo"):
+        if self.strategy not in get_args(Strategy):
             raise ValueError(f"strategy must be 'lifo' or 'fifo', not {self.strategy!r}")
         if not isinstance(self.hooks, Hooks):
             raise TypeError(f"hooks must be a whitepool.Hooks, not {self.hooks!r}")

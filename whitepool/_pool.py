@@ -74,13 +74,12 @@ class Pool(Options, Generic[T]):
                         await session.safe_shutdown(grace)
         except BaseExceptionGroup as group:
             # The nursery is an implementation detail: what leaves the block leaves as it was raised.
-            if len(group.exceptions) == 1:
-                error = group.exceptions[0]
-            else:
+            if len(group.exceptions) > 1:
                 raise
+            error = group.exceptions[0]
         else:
             return
-        raise error
+        raise error  # outside of the `except`, so that the group is not its context
 
 
 def _opener(pool: Callable[P, Pool[T]]) -> Callable[P, AbstractAsyncContextManager[Session[T]]]:
@@ -90,7 +89,7 @@ def _opener(pool: Callable[P, Pool[T]]) -> Callable[P, AbstractAsyncContextManag
         """Open a pool for the length of an ``async with`` block, which gets a `Session`.
 
         Takes what `Pool` takes. Entering starts `pool_size` workers and returns when all are open;
-        it raises `PoolStartError` where that fails for `start_timeout` seconds. A normal exit drains
+        it raises `PoolStartError` if that fails for `start_timeout` seconds. A normal exit drains
         the pool, as `Session.safe_shutdown` does with `shutdown_timeout`. An exit by an exception or by
         a cancellation closes everything at once, within `close_timeout`, shielded.
         """

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Generic, TypeVar
 
-from ._entry import REASONS, TRANSITIONS, Entry, State
-from ._hooks import Reason
+from ._entry import REASONS, TRANSITIONS, Entry, Reason, State
+from ._options import Strategy
 from ._statistics import Counters
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Roster(Generic[T]):
     the server, and takes one of its places.
     """
 
-    def __init__(self, counters: Counters, *, lifo: bool) -> None:
+    def __init__(self, counters: Counters, strategy: Strategy) -> None:
         self.entries: set[Entry[T]] = set()
         self.idle: deque[Entry[T]] = deque()
         """The idle ones. The right end was in use last."""
@@ -38,7 +38,7 @@ class Roster(Generic[T]):
         self._counters = counters
         # Only for the states that the hot path does not touch. The rest follows from them.
         self._in_state = {State.OPENING: 0, State.SERVICING: 0, State.CLOSING: 0}
-        self._next_idle = self.idle.pop if lifo else self.idle.popleft
+        self._next_idle = self.idle.pop if strategy == "lifo" else self.idle.popleft
 
     # -- Counts --------------------------------------------------------------------------------------
 
@@ -71,12 +71,12 @@ class Roster(Generic[T]):
     # -- Changes -------------------------------------------------------------------------------------
 
     def add(self, entry: Entry[T]) -> None:
-        """Enter a worker that is about to be opened."""
+        """Add a worker that is about to be opened."""
         self.entries.add(entry)
         self._in_state[State.OPENING] += 1
 
     def take_idle(self, now: float) -> Entry[T]:
-        """Make the next idle worker one in use. There must be one: IndexError.
+        """Make the next idle worker one in use. Raises `IndexError` if there is none.
 
         With `put_idle` this is what every checkout goes through, so the two do no more than they must:
         they are `move` without its questions.
@@ -87,15 +87,15 @@ class Roster(Generic[T]):
         return entry
 
     def put_idle(self, entry: Entry[T], now: float) -> None:
-        """Make a worker that was in use an idle one."""
+        """Make a worker that is IN_USE an idle one. `now` must not be before another's `idle_since`."""
         entry.state = IDLE
         entry.idle_since = now
         self.idle.append(entry)
 
     def move(self, entry: Entry[T], state: State) -> None:
-        """Change the state of a worker; raise `IllegalTransition` where `TRANSITIONS` forbids it.
+        """Change the state of a worker; raise `IllegalTransition` if `TRANSITIONS` forbids it.
 
-        One that becomes idle comes to stand where its `idle_since` says. One that is being closed
+        One that becomes idle takes the place that its `idle_since` gives it. One that is being closed
         needs an `evict_reason` first, unless it was never opened.
         """
         before = entry.state
@@ -109,7 +109,7 @@ class Roster(Generic[T]):
             self._counters["started"] += 1
         if state is State.CLOSING and before is not State.OPENING:
             assert entry.evict_reason is not None
-            self._counters[REASONS[entry.evict_reason][0]] += 1
+            self._counters[REASONS[entry.evict_reason].counter] += 1
             self.expiring -= entry.is_expiring
         if state is State.IDLE:
             position = len(self.idle)
@@ -123,20 +123,20 @@ class Roster(Generic[T]):
         entry.state = state
 
     def mark(self, entry: Entry[T], reason: Reason) -> None:
-        """Note why a worker has to leave. When it may go follows from the reason: see `Departure`."""
+        """Note why a worker has to leave; evict nothing. When it may go follows from the reason."""
         self.expiring -= entry.is_expiring
         entry.evict_reason = reason
         self.expiring += entry.is_expiring
 
     def remove(self, entry: Entry[T]) -> None:
-        """Strike off a worker that has been closed."""
+        """Remove a worker that has been closed. Its state must be CLOSING."""
         self.entries.remove(entry)
         self._in_state[entry.state] -= 1
 
     # -- The books -----------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise AssertionError where the books contradict the entries. Tests call it at each step."""
+        """Raise AssertionError if the books contradict the entries. Tests call it at each step."""
         states = Counter(entry.state for entry in self.entries)
         for state, count in self._in_state.items():
             assert count == states[state], f"{count} entries were counted in {states}: {state}"

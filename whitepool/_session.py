@@ -97,8 +97,8 @@ class Session(Generic[T]):
 
         The wait queue is first come, first served, and no newcomer overtakes a waiter. Raises
         `CheckoutTimeout` after `timeout` seconds (`math.inf`: never; 0: unless a worker is idle),
-        `PoolOverloaded` where `max_waiting` tasks wait already, or earlier than `timeout` where the
-        queue grows (see `patience` of `Pool`), and `PoolClosed`.
+        `PoolOverloaded` if `max_waiting` tasks wait already, or earlier than `timeout` if the queue
+        grows (see `patience` of `Pool`), and `PoolClosed`.
         """
         if timeout.__class__ is not float or not timeout > 0:  # the usual case costs no call
             check_seconds("timeout", timeout)
@@ -129,8 +129,8 @@ class Session(Generic[T]):
         """Check out a worker without queueing: an idle one, or a new one within the overflow.
 
         It does not wait for a client to return a worker, but for what the pool itself is doing: opening
-        one, resetting one, or closing one to make room. Raises `PoolFull` where clients hold every
-        worker that may exist, `PoolStartError` where a new one could not be started, and `PoolClosed`.
+        one, resetting one, or closing one to make room. Raises `PoolFull` if clients hold every
+        worker that may exist, `PoolStartError` if a new one could not be started, and `PoolClosed`.
         """
         await call(self._before_acquire)
         await checkpoint_if_cancelled()
@@ -153,7 +153,7 @@ class Session(Generic[T]):
     def checkout_nowait(self) -> Resource[T]:
         """Check out an idle worker, now. Raises `trio.WouldBlock` if none is idle, and `PoolClosed`.
 
-        Raises `TypeError` where a hook of the checkout is async: there is no time to wait for it.
+        Raises `TypeError` if a hook of the checkout is async: there is no time to wait for it.
         """
         call_now("before_acquire", self._before_acquire)
         entry = self._take_idle()
@@ -168,7 +168,7 @@ class Session(Generic[T]):
         return resource
 
     def _take_idle(self) -> Entry[T] | None:
-        """Return an idle worker that is alive, as one in use; None where there is none."""
+        """Return an idle worker that is alive, as one in use; None if there is none."""
         while self._roster.idle:
             now = self._now()
             entry = self._roster.take_idle(now)
@@ -214,7 +214,7 @@ class Session(Generic[T]):
 
     @enable_ki_protection
     def destroyed(self, resource: Resource[T]) -> None:
-        """Give a worker back as broken: it is closed, and replaced where one is needed.
+        """Give a worker back as broken: it is closed, and replaced if one is needed.
 
         Like `checkin`, it never blocks, and raises only `NotCheckedOut`.
         """
@@ -244,7 +244,7 @@ class Session(Generic[T]):
         New checkouts are refused with `PoolClosed`, and tasks that wait already are still served.
         Workers that clients hold are waited for, for at most `timeout` seconds (default: without end).
         Then those that are left are closed at once. You may call it again, also with a shorter timeout,
-        also from several tasks. Where it is cancelled, the pool goes on draining.
+        also from several tasks. If it is cancelled, the pool goes on draining.
         """
         check_seconds("timeout", timeout)
         supervisor = self._supervisor
@@ -289,12 +289,14 @@ class _Lease(AbstractAsyncContextManager[T]):
     def __init__(self, session: Session[T], timeout: float) -> None:
         self._session = session
         self._timeout = timeout
-        self._resource: Resource[T]
+        self._resource: Resource[T] | None = None
 
     @enable_ki_protection
     async def __aenter__(self) -> T:
-        self._resource = await self._session.block_checkout(self._timeout)
-        return self._resource.get()
+        if self._resource is not None:
+            raise RuntimeError("this block has been entered already: call worker() for each block")
+        self._resource = resource = await self._session.block_checkout(self._timeout)
+        return resource.get()
 
     @enable_ki_protection
     def __aexit__(  # type: ignore[override]  # a plain function, see `NoopAwaitable`
@@ -303,12 +305,14 @@ class _Lease(AbstractAsyncContextManager[T]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> NoopAwaitable:
-        self._session.checkin(self._resource)
+        resource, self._resource = self._resource, None
+        assert resource is not None
+        self._session.checkin(resource)
         return NOOP
 
 
 class Observer(Protocol):
-    """What an `ObservedSession` reports to. Times are seconds."""
+    """What an `ObservedSession` reports to. Times are seconds. Neither method may raise."""
 
     def on_checkout(self, waited: float) -> None: ...
     def on_return(self, used: float) -> None: ...
@@ -317,7 +321,7 @@ class Observer(Protocol):
 class ObservedSession(Session[T]):
     """A session that reports its checkouts to an observer.
 
-    It is another session of the same pool, so the first one runs not one instruction more for it.
+    It is another session of the same pool, so the first one is not slowed by it.
     """
 
     def __init__(self, session: Session[T], observer: Observer) -> None:

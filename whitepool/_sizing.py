@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from ._entry import Entry
+from ._entry import SMALLEST_JITTER, Entry
 from ._options import Options
 
 T = TypeVar("T")
@@ -36,8 +36,8 @@ def how_many_to_start(
       room: workers that the pool may still have.
       at_once: workers that may be opened at the same time.
     """
-    # 1. A waiter for whom no worker is being opened gets one. One that is returned may serve the waiter
-    #    sooner; then the new worker is there for the next.
+    # 1. Each waiter gets a worker of its own. One that a client returns, or that is being reset, may
+    #    serve the waiter sooner. But that may take long, and the new worker is there for the next task.
     for_waiters = waiting - opening
     # 2. The pool is kept at its size.
     for_target = target - lasting - opening
@@ -74,13 +74,14 @@ def may_retire(
         return True
     # 2. There is no room to open the replacement first, so a worker has to make room for it: one at a
     #    time, and not while the server refuses new ones.
-    return open_now == total >= limit and not is_failing
+    is_full = total >= limit
+    is_first = open_now == total  # none is being opened or closed
+    return is_full and is_first and not is_failing
 
 
 def shortest_period(options: Options) -> float:
-    """Return the seconds within which no worker can come due that is not idle yet."""
-    # A tenth less, because that is the jitter of an entry.
-    return 0.9 * min(
+    """Return how long it takes at least until a worker that becomes idle now comes due, in seconds."""
+    return SMALLEST_JITTER * min(
         options.overflow_ttl or math.inf,
         options.idle_timeout,
         options.max_lifetime,
@@ -89,7 +90,7 @@ def shortest_period(options: Options) -> float:
 
 
 def next_maintenance(now: float, due: float, shortest: float) -> float:
-    """Return when maintenance runs again, when the first worker that is known of comes due at `due`."""
+    """Return when maintenance runs again; `due` is when the first of the workers idle now comes due."""
     return max(now + MIN_MAINTENANCE_FRACTION * shortest, min(due, now + shortest))
 
 

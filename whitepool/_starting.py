@@ -9,10 +9,9 @@ import trio
 
 from . import _sizing as sizing
 from ._backoff import EARLY_DEATH_WINDOW, Backoff, EarlyDeaths
-from ._entry import Entry
+from ._entry import Entry, Reason
 from ._errors import PoolStartError
-from ._hooks import Reason
-from ._log import ThrottledLog, log
+from ._log import PoolLog
 from ._options import Options
 from ._roster import Roster
 from ._statistics import Counters
@@ -21,21 +20,32 @@ T = TypeVar("T")
 
 
 class Starter(Generic[T]):
-    """Keeps account of the starts of one pool, and says how many are due."""
+    """Starts the workers of one pool, and keeps account of what became of the starts.
+
+    Args:
+      start_one: starts one worker, by adding it to the roster and running its task.
+    """
 
     def __init__(
-        self, roster: Roster[T], options: Options, counters: Counters, warnings: ThrottledLog
+        self,
+        roster: Roster[T],
+        options: Options,
+        counters: Counters,
+        log: PoolLog,
+        *,
+        start_one: Callable[[], None],
     ) -> None:
         self.backoff = Backoff()
         """When the next start may be tried, and why the last one failed."""
         self.opened = trio.Event()
-        """Set when the pool has its workers, or never will have: `final_error`."""
+        """Set when the pool has its workers, or when opening it has failed for good (`final_error`)."""
         self.final_error: PoolStartError | None = None
         """Why the pool can't be opened, and it is pointless to try again."""
         self._roster = roster
         self._options = options
         self._counters = counters
-        self._warnings = warnings
+        self._log = log
+        self._start_one = start_one
         self._limit = options.pool_size + options.max_overflow
         self._early_deaths = EarlyDeaths(most=self._limit)
         self._observers: list[Callable[[float], None]] = []
@@ -50,13 +60,13 @@ class Starter(Generic[T]):
         """Workers to keep open, whether a task waits for them or not."""
         return 0 if self._options.lazy else self._options.pool_size
 
-    def how_many(self, *, waiting: int, draining: bool, now: float) -> int:
-        """Return how many workers to start now; 0 or less means none.
+    def start_missing(self, *, waiting: int, draining: bool, now: float) -> None:
+        """Start the workers that are missing, for `waiting` tasks and for the target of the pool.
 
         While `draining`, workers are started only for the tasks that wait.
         """
         roster = self._roster
-        return sizing.how_many_to_start(
+        missing = sizing.how_many_to_start(
             waiting=waiting,
             opening=roster.opening,
             lasting=roster.lasting,
@@ -68,6 +78,8 @@ class Starter(Generic[T]):
                 is_pausing=now < self.backoff.retry_at,
             ),
         )
+        for _ in range(missing):
+            self._start_one()
 
     def may_retire(self) -> bool:
         """Say whether an idle worker that is to be replaced may go now."""
@@ -84,7 +96,7 @@ class Starter(Generic[T]):
     def on_opened(self, entry: Entry[T]) -> None:
         """Note that a worker has been opened: the starts after it need no pause."""
         if self.is_failing:
-            log.warning("start_recovered", pool=self._options.name, failures=self.backoff.failures)
+            self._log.warning("start_recovered", failures=self.backoff.failures)
         self.backoff.succeeded()
         for observe in self._observers:
             observe(entry.opening_time)
@@ -92,21 +104,21 @@ class Starter(Generic[T]):
     def on_failed(self, error: Exception, begun: float, now: float) -> None:
         """Note that a worker could not be opened; that had begun at the time `begun`.
 
-        The next start has to wait until `backoff.retry_at`. The caller has to see that the supervisor
-        looks again then. A `PoolStartError` before the pool is open is final.
+        The next start has to wait until `backoff.retry_at`, and the caller has to wake the supervisor
+        then. A `PoolStartError` before the pool is open is final.
         """
         self._counters["start_failures"] += 1
         self.backoff.failed(error, begun=begun, now=now)
-        self._warnings.warning("start_failed", error=str(error))
+        self._log.throttled_warning("start_failed", error=str(error))
         if isinstance(error, PoolStartError) and not self.opened.is_set():
             self.final_error = error
             self.opened.set()
 
-    def on_lost(self, entry: Entry[T], reason: Reason, now: float) -> bool:
+    def count_death(self, entry: Entry[T], reason: Reason, now: float) -> bool:
         """Note that an open worker has died; say whether that counts as a failed start.
 
-        It does where workers keep dying early. Otherwise they would be replaced without end, and
-        without a pause.
+        It does if workers keep dying early: otherwise they would be replaced without end, and without a
+        pause. As after `on_failed`, the caller then has to wake the supervisor at `backoff.retry_at`.
         """
         if not self._early_deaths.too_many(opened_at=entry.opened_at, now=now):
             return False
@@ -115,12 +127,15 @@ class Starter(Generic[T]):
         return True
 
     def set_opened_if_complete(self) -> None:
-        """Note that the pool is open, if it is: its workers are there, and ready to be used."""
+        """Set `opened` if as many workers as the pool wants are open, and ready to be used."""
         if self._roster.open - self._roster.servicing >= self.target:
             self.opened.set()
 
     async def wait_opened(self) -> None:
-        """Return when the pool has its `pool_size` workers. Raises `PoolStartError`."""
+        """Return when the pool has its `pool_size` workers.
+
+        Raises `PoolStartError` after `start_timeout`, or as soon as it is pointless to try again.
+        """
         options = self._options
         with trio.move_on_after(options.start_timeout):
             await self.opened.wait()
@@ -131,6 +146,10 @@ class Starter(Generic[T]):
                 f"{options.name}: {self._roster.open} of {options.pool_size} workers started "
                 f"within {options.start_timeout} s"
             ) from self.backoff.last_error
+
+    def why_none_starts(self, now: float) -> Exception | None:
+        """Return why the last start failed, if no worker can be started now as far as is known."""
+        return self.backoff.last_error if self._roster.opening else self.backoff.recent_error(now)
 
     def observe(self, observe: Callable[[float], None]) -> None:
         """Report the seconds that each worker took to open: those that are open, and those to come."""

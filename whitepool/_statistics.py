@@ -29,7 +29,8 @@ PoolState = Literal["ready", "overflow", "full", "draining", "closed"]
 class PoolStatistics:
     """A snapshot of one pool, from `Session.statistics`.
 
-    The numbers always add up: the workers are ``idle + in_use + starting + resetting``, and
+    The numbers always add up: the workers are ``idle + in_use + starting + resetting`` (those that are
+    being closed are in none of these), and
     ``started`` is ``idle + in_use + resetting + retired + lost + destroyed + leaked``.
     """
 
@@ -66,7 +67,7 @@ class PoolStatistics:
     """Tasks in the wait queue."""
 
     longest_wait: float
-    """Seconds for which the first of them has been waiting; 0 where there is none."""
+    """Seconds for which the first of them has been waiting; 0 if there is none."""
 
     checkouts: int
     """Checkouts that got a worker, since the pool was opened."""
@@ -87,7 +88,8 @@ class PoolStatistics:
     """Workers closed in good health: surplus, idle or old ones, and those of a shutdown."""
 
     lost: int
-    """Workers that died: they crashed, their peer hung up, or a probe failed."""
+    """Workers that died: they crashed, their peer hung up, a probe failed, or `WorkerManager.is_alive`
+    said so."""
 
     destroyed: int
     """Workers that a client called broken, or that could not be made ready for the next."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import trio
 from trio.lowlevel import enable_ki_protection
 
-from ._entry import REASONS, Departure, Entry, State
+from ._entry import REASONS, Departure, Entry, Reason, State
 from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError
 from ._hangup import HangupWatch
-from ._hooks import Reason
-from ._log import ThrottledLog, log
+from ._log import PoolLog
 from ._maintenance import Maintenance
 from ._manager import WorkerManager
 from ._options import Options
@@ -25,8 +25,8 @@ from ._worker_task import WorkerTask
 T = TypeVar("T")
 
 ALIVE_BYPASS_WINDOW = 0.001
-"""Seconds. A worker that has been idle for less than this is handed out without being revalidated.
-(The name and the idea are HikariCP's.)"""
+"""Seconds. A worker that has been idle for less than this is handed out without being revalidated (the
+name and the idea are HikariCP's), and a checkin looks for hang-ups only if the last look is so old."""
 
 
 class Supervisor(Generic[T]):
@@ -34,15 +34,15 @@ class Supervisor(Generic[T]):
 
     It is off the hot path: a clean checkin, and a checkout that finds an idle worker, change the
     roster directly, and wake no task. Workers that become ready for a reason of their own (they are
-    new, have been reset, or have answered a probe) come in through a memory channel, in which None
-    only says: look at what is missing.
+    new, have been reset, or have answered a probe) come in through a memory channel. A None in it
+    means that no worker is ready, only that there may be something to start.
     """
 
     def __init__(self, manager: WorkerManager[T], options: Options) -> None:
         self.options = options
         self.name = str(options.name)
         self.counters = dict.fromkeys(COUNTERS, 0)
-        self.roster: Roster[T] = Roster(self.counters, lifo=options.strategy == "lifo")
+        self.roster: Roster[T] = Roster(self.counters, options.strategy)
         self.queue: WaitQueue[Entry[T]] = WaitQueue(
             patience=options.patience,
             make_timeout=self.count_timeout,
@@ -61,12 +61,14 @@ class Supervisor(Generic[T]):
         self._hangups: HangupWatch[Entry[T]] = HangupWatch()
         # To ask the kernel costs more than a checkin, so a checkin asks once in ALIVE_BYPASS_WINDOW.
         self._hangups_seen_at = -math.inf
-        self._warnings = ThrottledLog(self.name)
-        self.starter = Starter(self.roster, options, self.counters, self._warnings)
+        self._log = PoolLog(self.name)
+        self.starter = Starter(
+            self.roster, options, self.counters, self._log, start_one=self._start_worker
+        )
         self._maintenance = Maintenance(self.roster, options, evict=self.evict, replace=self.wake)
         # The channel of ready workers. It has no bound, because at most one message for each worker,
         # and one None, are in it at a time.
-        self._inbox, self._outbox = trio.open_memory_channel[Entry[T] | None](math.inf)
+        self._send_ready, self._receive_ready = trio.open_memory_channel[Entry[T] | None](math.inf)
         self._is_woken = False  # whether there is a None in it
         self._nursery: trio.Nursery
 
@@ -77,7 +79,7 @@ class Supervisor(Generic[T]):
     def admit(self, entry: Entry[T], now: float) -> None:
         """Give a worker that is ready to the task that has waited for the longest, else make it idle.
 
-        Its state is IN_USE where a client has just returned it, else SERVICING.
+        Its state is IN_USE if a client has just returned it, else SERVICING.
         """
         # 1. A task waits for it.
         if self.queue.waiters:
@@ -100,7 +102,11 @@ class Supervisor(Generic[T]):
             self.roster.move(entry, State.IDLE)
 
     def take_back(self, entry: Entry[T]) -> None:
-        """Receive a worker from its client, in whatever condition it is."""
+        """Receive a worker from its client: evict it, have it reset, or admit it.
+
+        Its state is IN_USE, or CLOSING if the pool has closed it meanwhile. What the manager raises is
+        logged: it is no fault of the client, who gets no error.
+        """
         now = self.now()
         if now > self._hangups_seen_at + ALIVE_BYPASS_WINDOW and self._hangups.watched:
             self._notice_hangups()
@@ -108,29 +114,30 @@ class Supervisor(Generic[T]):
         if entry.evict_reason is not None and self._evict_if_due(entry):
             return
         try:
-            # 2. It has died while its client had it.
-            if entry.is_alive is not None and not entry.is_alive(entry.worker):
-                self.evict(entry, "dead")
-            # 3. There is something to do first, which takes time: in its own task, after this returns.
-            elif self._hooks_on_return or (
-                entry.needs_reset is not None and entry.needs_reset(entry.worker)
-            ):
-                self.roster.move(entry, State.SERVICING)
-                entry.task.reset()
-            # 4. It is ready for its next client.
-            else:
-                self.admit(entry, now)
+            is_dead = entry.is_alive is not None and not entry.is_alive(entry.worker)
+            needs_service = self._hooks_on_return or (
+                not is_dead and entry.needs_reset is not None and entry.needs_reset(entry.worker)
+            )
         except Exception as error:
-            # A method of the manager has raised. That is no fault of the client, who gets no error.
-            self._warnings.warning("manager_failed", error=str(error))
+            self._log.throttled_warning("manager_failed", error=str(error))
+            is_dead, needs_service = True, False
+        # 2. It has died while its client had it.
+        if is_dead:
             self.evict(entry, "dead")
+        # 3. There is something to do first, which takes time: in its own task, after this returns.
+        elif needs_service:
+            self.roster.move(entry, State.SERVICING)
+            entry.task.reset()
+        # 4. It is ready for its next client.
+        else:
+            self.admit(entry, now)
 
-    def evict(self, entry: Entry[T], reason: Reason) -> None:
+    def evict(self, entry: Entry[T], reason: Reason, *, is_logged: bool = False) -> None:
         """Have a worker closed, or its opening given up, whatever its state.
 
         A client that has it keeps its resource, and finds a closed worker. The worker task does the
-        closing, and the supervisor replaces the worker where one is needed. Does nothing where it is
-        being closed already.
+        closing, and the supervisor replaces the worker if one is needed. Does nothing if it is being
+        closed already. The death of a worker is logged, unless it `is_logged` with its error elsewhere.
         """
         if entry.state is State.CLOSING:
             return
@@ -139,13 +146,16 @@ class Supervisor(Generic[T]):
         self.roster.move(entry, State.CLOSING)
         if is_open:
             self._hangups.remove(entry.fileno, entry)
-            if REASONS[reason][0] == "lost":
-                self._on_lost(entry, reason)
+            if REASONS[reason].counter == "lost":
+                if not is_logged:
+                    self._log.throttled_warning("worker_lost", reason=reason)
+                if self.starter.count_death(entry, reason, self.now()):
+                    self._wake_for_retry()
         entry.task.close(is_open=is_open)
         self.wake()
 
     def evict_if_dead(self, entry: Entry[T]) -> bool:
-        """Revalidate a worker that was idle until now, without I/O: evict it where it has died, and say
+        """Revalidate a worker that was idle until now, without I/O: evict it if it has died, and say
         so. It is IN_USE already, but no client has it yet.
 
         The watch for hang-ups is a task, which may not have had its turn since the peer hung up.
@@ -158,7 +168,7 @@ class Supervisor(Generic[T]):
         try:
             is_dead = entry.is_alive is not None and not entry.is_alive(entry.worker)
         except Exception as error:
-            self._warnings.warning("manager_failed", error=str(error))
+            self._log.throttled_warning("manager_failed", error=str(error))
             is_dead = True
         if is_dead:
             self.evict(entry, "dead")
@@ -170,7 +180,7 @@ class Supervisor(Generic[T]):
         It is not used again: its client may have left something half done.
         """
         if entry.state is State.IN_USE:
-            log.warning("worker_leaked", pool=self.name, checked_out_at=checked_out_at)
+            self._log.warning("worker_leaked", checked_out_at=checked_out_at)
             self.evict(entry, "leaked")
 
     def _evict_if_due(self, entry: Entry[T]) -> bool:
@@ -182,7 +192,7 @@ class Supervisor(Generic[T]):
         _, departure = REASONS[entry.evict_reason]
         if departure is Departure.WHEN_REPLACED and not self.starter.may_retire():
             return False
-        self.evict(entry, entry.evict_reason)  # does nothing where it was evicted while it was out
+        self.evict(entry, entry.evict_reason)  # does nothing if it was evicted while it was in use
         return True
 
     # -- What sessions ask ---------------------------------------------------------------------------
@@ -192,7 +202,7 @@ class Supervisor(Generic[T]):
         return self._limit - self.roster.in_use
 
     def request_worker(self) -> None:
-        """Have a worker started for a task that is about to wait, where there is room for one."""
+        """Have a worker started for a task that is about to wait, if there is room for one."""
         if len(self.roster.entries) < self._limit:
             self.wake()
 
@@ -208,7 +218,7 @@ class Supervisor(Generic[T]):
             f"{self.name} {what}: {now.in_use} in use, {now.starting} starting, "
             f"{now.resetting} resetting, {now.waiting} waiting"
         )
-        error.__cause__ = self.starter.backoff.last_error
+        error.__cause__ = self.starter.why_none_starts(self.now())
         return error
 
     def statistics(self) -> PoolStatistics:
@@ -240,7 +250,7 @@ class Supervisor(Generic[T]):
 
     # -- What worker tasks report --------------------------------------------------------------------
     #
-    # `Owner` says when each is called.
+    # `Owner` says when each is called, and in which state the worker is.
 
     def on_opened(self, entry: Entry[T]) -> None:
         self.roster.move(entry, State.SERVICING)
@@ -253,8 +263,8 @@ class Supervisor(Generic[T]):
         self._wake_for_retry()
         if self.starter.final_error is not None:
             self.drain()
-        # A task that does not wait for clients to return a worker has nothing to wait for, unless one
-        # of the workers on their way will be its own.
+        # A nonblocking checkout waits only for what the pool itself is doing. If no worker is on its
+        # way to it, it fails now.
         on_the_way = self.roster.opening + self.roster.servicing
         for task in self.queue.nonblocking_beyond(on_the_way):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
@@ -263,38 +273,37 @@ class Supervisor(Generic[T]):
 
     def on_ready(self, entry: Entry[T]) -> None:
         # The worker task only says so. What becomes of the worker is decided in the supervisor's task.
-        self._inbox.send_nowait(entry)
+        self._send_ready.send_nowait(entry)
 
     def on_service_failed(self, entry: Entry[T], reason: Reason, error: Exception) -> None:
-        # Where it is being closed already, the work was cancelled for that.
-        if entry.state is not State.CLOSING:
-            if REASONS[reason][0] != "lost":  # `_on_lost` logs the others
-                self._warnings.warning(reason, error=str(error))
-            self.evict(entry, reason)
+        # If it is being closed already, the work was cancelled for that.
+        if entry.state is State.CLOSING:
+            return
+        if entry.evict_reason == "hung_up":
+            reason = "hung_up"  # no wonder that it could not be reset
+        if REASONS[reason].counter == "lost":
+            self._log.throttled_warning("worker_lost", reason=reason, error=str(error))
+        else:
+            self._log.throttled_warning(reason, error=str(error))
+        self.evict(entry, reason, is_logged=True)
 
     def on_hook_failed(self, hook: str, error: Exception) -> None:
-        self._warnings.warning("hook_failed", hook=hook, error=str(error))
+        self._log.throttled_warning("hook_failed", hook=hook, error=str(error))
 
     def on_closing(self, entry: Entry[T]) -> None:
-        # Where the pool has asked for it, the worker is being closed already, and this does nothing.
-        self.evict(entry, "crashed")
+        # If the pool has asked for it, the worker is being closed already, and this does nothing. A
+        # crash is logged in `on_closed`, when its error is known.
+        self.evict(entry, "crashed", is_logged=True)
 
     def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
         if entry.evict_reason == "crashed":
-            self._warnings.warning("worker_lost", reason="crashed", error=str(error))
+            self._log.throttled_warning("worker_lost", reason="crashed", error=str(error))
         elif entry.evict_reason is not None and error is not None:
-            self._warnings.warning("close_failed", error=str(error))
+            self._log.throttled_warning("close_failed", error=str(error))
         self.roster.remove(entry)
         # The two refer to each other, and would wait for the garbage collector, with the worker.
         del entry.task
         self.wake()
-
-    def _on_lost(self, entry: Entry[T], reason: Reason) -> None:
-        """Log that a worker has died, and have starts take pauses where workers keep dying early."""
-        if reason != "crashed":  # that is logged when the error is known
-            self._warnings.warning("worker_lost", reason=reason)
-        if self.starter.on_lost(entry, reason, self.now()):
-            self._wake_for_retry()
 
     # -- Supervising ---------------------------------------------------------------------------------
 
@@ -321,28 +330,37 @@ class Supervisor(Generic[T]):
     async def _supervise(self) -> None:
         """Admit the workers that come through the channel, and start those that are missing."""
         self.wake()
-        async for entry in self._outbox:
-            if entry is None:
-                self._is_woken = False
-            # It may have been evicted since it was sent.
-            elif entry.state is State.SERVICING:
-                if entry.evict_reason is None or not self._evict_if_due(entry):
-                    self.admit(entry, self.now())
-                entry.probing = False
+        while not self.draining or self.roster.entries or self.queue.waiters:
+            self._receive(await self._receive_ready.receive())
+            # First admit all that are ready: each may be the one that a waiter needs.
+            with suppress(trio.WouldBlock):
+                while True:
+                    self._receive(self._receive_ready.receive_nowait())
             self._retire_expiring()
-            self._start_missing()
+            self._give_up_starts()
+            self.starter.start_missing(
+                waiting=len(self.queue.waiters), draining=self.draining, now=self.now()
+            )
             self.starter.set_opened_if_complete()
-            if self.draining and not self.roster.entries and not self.queue.waiters:
-                break
+
+    def _receive(self, entry: Entry[T] | None) -> None:
+        """Take a message from the channel: a worker that is ready, or None, to have been woken."""
+        if entry is None:
+            self._is_woken = False
+        # It may have been evicted since it was sent.
+        elif entry.state is State.SERVICING:
+            if entry.evict_reason is None or not self._evict_if_due(entry):
+                self.admit(entry, self.now())
+            entry.probing = False
 
     def wake(self) -> None:
         """Have the supervisor look at what is missing, in its own task. Any room may call it."""
         if not self._is_woken:
             self._is_woken = True
-            self._inbox.send_nowait(None)
+            self._send_ready.send_nowait(None)
 
     def _on_unserved_waiter(self) -> None:
-        """A task has left the queue without a worker. It may have been the last to be served."""
+        """A task has left the queue without a worker. The shutdown may have waited for it."""
         if self.draining:
             self.wake()
 
@@ -355,19 +373,20 @@ class Supervisor(Generic[T]):
         await trio.sleep_until(time)
         self.wake()
 
-    def _start_missing(self) -> None:
-        """Start the workers that are due; while draining, give up those that no task waits for."""
-        roster, waiting = self.roster, len(self.queue.waiters)
-        if self.draining and roster.opening > waiting:
-            opening = [entry for entry in roster.entries if entry.state is State.OPENING]
+    def _start_worker(self) -> None:
+        """Start a worker, in a task of its own."""
+        entry: Entry[T] = Entry()
+        entry.task = WorkerTask(entry, self, self._manager, self.options)
+        self.roster.add(entry)
+        self._nursery.start_soon(entry.task.run)
+
+    def _give_up_starts(self) -> None:
+        """While draining, give up the starts that no task waits for."""
+        waiting = len(self.queue.waiters)
+        if self.draining and self.roster.opening > waiting:
+            opening = [entry for entry in self.roster.entries if entry.state is State.OPENING]
             for entry in opening[waiting:]:
                 self.evict(entry, "shutdown")
-        due = self.starter.how_many(waiting=waiting, draining=self.draining, now=self.now())
-        for _ in range(due):
-            new: Entry[T] = Entry()
-            new.task = WorkerTask(new, self, self._manager, self.options)
-            roster.add(new)
-            self._nursery.start_soon(new.task.run)
 
     def _retire_expiring(self) -> None:
         """Evict the idle workers that are to be replaced, as far as others are there in their place."""

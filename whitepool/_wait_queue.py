@@ -26,7 +26,7 @@ E = TypeVar("E")
 
 Waiter = tuple[int, float, float, int]
 """The number under which a task joined, when that was, its timeout, and how many tasks had been served
-by then. A tuple, because each wait makes one, and a class would cost it five times as much."""
+by then. A tuple, because each wait makes one, and to make an object costs five times as much."""
 
 Timer = tuple[float, int, Task, "overload.Look | None"]
 """When to look at a waiter, its number and its task, and what there was to see at the last look."""
@@ -108,25 +108,25 @@ class WaitQueue(Generic[E]):
             self.nonblocking.discard(task)
 
     def serve(self, entry: E) -> None:
-        """Give an entry to the task that has waited for the longest. There must be one: KeyError."""
+        """Give an entry to the task that has waited the longest. Raises `KeyError` if none waits."""
         task, _ = self.waiters.popitem(last=False)
         self._served += 1
         reschedule(task, Value(entry))
 
     def fail(self, task: Task, error: Exception) -> None:
-        """Take a waiter out of the queue, and raise an error in it. It must be waiting: KeyError."""
+        """Take a waiter out of the queue, and raise an error in it. It must be waiting."""
         del self.waiters[task]
         self._on_unserved()
         reschedule(task, Error(error))
 
     def nonblocking_beyond(self, on_the_way: int) -> list[Task]:
-        """Return the `nonblocking` waiters that get none of the next `on_the_way` entries."""
+        """Return the `nonblocking` waiters that have at least `on_the_way` waiters ahead of them."""
         if not self.nonblocking:
             return []
         return [task for task in islice(self.waiters, on_the_way, None) if task in self.nonblocking]
 
     def longest_wait(self, now: float) -> float:
-        """Return for how many seconds the first waiter has waited; 0 where there is none."""
+        """Return for how many seconds the first waiter has waited; 0 if there is none."""
         for _, since, *_ in self.waiters.values():
             return now - since
         return 0
@@ -153,16 +153,16 @@ class WaitQueue(Generic[E]):
 
     def _on_timer(self, timer: Timer, now: float) -> None:
         """Look at a waiter one period after the last look, or when its time is up."""
-        _, number, task, last = timer
+        _, number, task, last_look = timer
         _, since, timeout, served_at_joining = self.waiters[task]
-        then = last or overload.Look(number, served_at_joining, served_before=False)
+        last = last_look or overload.Look(number, served_at_joining, served_before=False)
         ends = since + timeout
         if now >= ends:
             self.fail(task, self._make_timeout(shed=False))
-        elif overload.is_growing(then, self._joined, self._served):
+        elif overload.is_growing(last, self._joined, self._served):
             self.fail(task, self._make_timeout(shed=True))
         else:
-            look = overload.Look(self._joined, self._served, self._served > then.served)
+            look = overload.Look(self._joined, self._served, self._served > last.served)
             again = overload.next_look(now, ends, self._period * timeout)
             heappush(self._timers, (again, number, task, look))
 

@@ -14,9 +14,9 @@ from typing import Generic, Protocol, TypeVar
 import trio
 from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
 
-from ._entry import Entry, State
+from ._entry import Entry, Reason, State
 from ._errors import unwrapped
-from ._hooks import Reason, call
+from ._hooks import call
 from ._manager import WorkerManager, close_timeout, manager_of
 from ._options import Options
 
@@ -89,7 +89,7 @@ class WorkerTask(Generic[T]):
         self._wake_for(self._probe)
 
     def close(self, *, is_open: bool) -> None:
-        """Have the worker closed; where it is not open yet, have the opening given up."""
+        """Have the worker closed; if it is not open yet, have the opening given up."""
         if is_open:
             self._activity.cancel()
             self._parking_lot.unpark()
@@ -117,7 +117,8 @@ class WorkerTask(Generic[T]):
                 async with self._manager.lifespan() as entry.worker:
                     try:
                         await call(options.hooks.on_create, entry.worker)
-                        # One that opened after its time is a failed start, also where nothing waited.
+                        # A worker that was not open within `start_timeout` is a failed start, even if
+                        # no checkpoint has noticed the deadline.
                         await checkpoint_if_cancelled()
                         self._bind_callbacks()
                         if entry.state is State.OPENING:
@@ -139,7 +140,7 @@ class WorkerTask(Generic[T]):
         if was_opened:
             # Nothing but the deadline cancels the life of a worker that has been opened.
             if self._life.cancelled_caught:
-                failure = trio.TooSlowError(f"not closed within {options.close_timeout} s")
+                failure = failure or trio.TooSlowError(f"not closed within {options.close_timeout} s")
             await self._call_quietly("on_destroy", options.close_timeout, entry.evict_reason)
         elif entry.state is State.OPENING:
             too_slow = trio.TooSlowError(f"not open within {options.start_timeout} s")

@@ -41,7 +41,7 @@ EVENTS = {
     "timeouts": ("timed out", "yellow"),
     "overloads": ("overloaded", "yellow"),
 }
-"""What is told when its counter moves, and how."""
+"""The words and the colour for each counter that has grown."""
 
 
 class PoolView:
@@ -56,7 +56,7 @@ class PoolView:
     """
 
     def __init__(self, *sessions: Session[Any], events: int = 5) -> None:
-        self._pools = [_Pool(session) for session in sessions]
+        self._pools = [_History(session) for session in sessions]
         self._most_events = events
         # By the second and the pool, the oldest first: a storm of events is one line, not hundreds.
         self._events: dict[tuple[str, str], Counter[str]] = {}
@@ -75,7 +75,7 @@ class PoolView:
             yield _event(second, name, counts)
 
 
-class _Pool:
+class _History:
     """One pool, as it was when it was looked at."""
 
     def __init__(self, session: Session[Any]) -> None:
@@ -102,7 +102,7 @@ def _one_line() -> Text:
     return Text(no_wrap=True, overflow="ellipsis")
 
 
-def _summary(pool: _Pool) -> Text:
+def _summary(pool: _History) -> Text:
     """``shop  full +4          812 checkouts/s, 38 waiting, the first for 0.42 s``."""
     now = pool.now
     text = (
@@ -127,7 +127,7 @@ def _workers(now: PoolStatistics, options: ConsoleOptions) -> Text:
     legend = Text()
     for number, (state, colour) in zip(numbers, WORKERS.items(), strict=False):
         legend.append(f"  {number:{len(str(limit))}} {state}", colour if number else "dim")
-    # Each worker has as many cells as there is space for; where there is too little, they share.
+    # Each worker has as many cells as there is space for; if there is too little, they share.
     width = max(10, min(LONGEST_BAR, options.max_width - len(legend)))
     width -= width % limit if limit < width else 0
     bar = _one_line()

@@ -115,7 +115,7 @@ def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, int]]:
         with suppress(RuntimeError):  # in an exporter's thread: the wait queue has changed meanwhile
             now = supervisor.statistics()
             return {
-                # And in such a moment the idle ones may be more than all that are there.
+                # Read from another thread, the counts may be inconsistent: never less than none.
                 "count": {"idle": now.idle, "used": max(0, now.in_use + now.resetting)},
                 "idle.max": {"": limit if options.overflow_ttl else options.pool_size},
                 "idle.min": {"": 0 if options.lazy else options.pool_size},
@@ -137,7 +137,7 @@ def _panel(provider: MeterProvider | None) -> _Panel:
     provider = provider or the_global_one
     panel = _panels.get(provider)
     if panel is None and provider is the_global_one:
-        # Until it was set another stood in for it, and has handed its instruments over.
+        # Before a provider is set, OpenTelemetry uses a proxy. The instruments made with it work on.
         panel = _global_panel
     if panel is None:
         panel = _Panel(provider.get_meter("whitepool", __version__))
