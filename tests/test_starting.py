@@ -163,12 +163,14 @@ async def test_max_waiting_counts_those_that_wait_for_clients(autojump_clock: Mo
             else:
                 ends.append("served")
 
-        async with whitepool.open_pool(
-            Workshop().make, pool_size=10, max_overflow=0, lazy=lazy, max_waiting=5
-        ) as session:
-            async with trio.open_nursery() as nursery:
-                for _ in range(17):
-                    nursery.start_soon(client, session, ends)
+        async with (
+            whitepool.open_pool(
+                Workshop().make, pool_size=10, max_overflow=0, lazy=lazy, max_waiting=5
+            ) as session,
+            trio.open_nursery() as nursery,
+        ):
+            for _ in range(17):
+                nursery.start_soon(client, session, ends)
         assert (ends.count("served"), ends.count("overloaded")) == (15, 2)
 
 

@@ -42,9 +42,10 @@ class Backoff:
         of starts that were under way together count as one."""
         self._last_failure = -math.inf
 
-    def recent_error(self, now: float) -> Exception | None:
-        """Return why the last start failed, unless that is longer ago than `FAILURE_RESET_AFTER`."""
-        return self.last_error if now <= self._last_failure + FAILURE_RESET_AFTER else None
+    def recent_error(self, now: float, start_timeout: float) -> Exception | None:
+        """Return why the last start failed, unless the starts after it have had time to succeed."""
+        has_passed = now > self._last_failure + start_timeout + FAILURE_RESET_AFTER
+        return None if has_passed else self.last_error
 
     def succeeded(self) -> None:
         """Note that a start has succeeded: the others need not wait."""

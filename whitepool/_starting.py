@@ -149,7 +149,7 @@ class Starter(Generic[T]):
 
     def why_none_starts(self, now: float) -> Exception | None:
         """Return why the last start failed, if no worker can be started now as far as is known."""
-        return self.backoff.last_error if self._roster.opening else self.backoff.recent_error(now)
+        return self.backoff.recent_error(now, self._options.start_timeout)
 
     def observe(self, observe: Callable[[float], None]) -> None:
         """Report the seconds that each worker took to open: those that are open, and those to come."""
