@@ -9,6 +9,7 @@ import pytest
 from connections import Connection, backend
 from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
+from timing import alarm
 
 from whitepool.postgres import connect
 
@@ -24,6 +25,13 @@ def server() -> Iterator[EmbeddedPostgres]:
 def every_checkout_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that have to be repeatable must not depend on how fast they are."""
     monkeypatch.setattr("whitepool._session.BUSY_TIME", -1)
+
+
+@pytest.fixture
+def no_hanging() -> Iterator[None]:
+    """A pool that hangs fails its test, instead of keeping the others from running."""
+    with alarm():
+        yield
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ class Proxy:
         self._flows = trio.Event()
 
     def drop(self) -> None:
-        """Swallow everything, news of a close included. `resume` is for newcomers only."""
+        """Swallow everything, news of a close included. `resume` is for new connections only."""
         self._dropping = True
         for link in self.links:
             link.silent = True

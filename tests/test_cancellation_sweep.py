@@ -7,7 +7,7 @@ again and again, and cancel it at its first checkpoint, its second, its third, u
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from typing import Any, Literal
@@ -15,8 +15,7 @@ from typing import Any, Literal
 import pytest
 import trio
 import trio.testing
-from timing import alarm
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import BookChecker, Manager, Tool, Workshop, check_books, open_checked_pool
 
 import whitepool
 
@@ -26,15 +25,8 @@ Moment = Literal["asleep", "waking", "meanwhile"]
 
 pytestmark = [
     pytest.mark.parametrize("moment", ["asleep", "waking", "meanwhile"]),
-    pytest.mark.usefixtures("every_checkout_gives_way"),
+    pytest.mark.usefixtures("every_checkout_gives_way", "no_hanging"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_hanging() -> Iterator[None]:
-    """A pool that hangs fails its test, instead of keeping the others from running."""
-    with alarm():
-        yield
 
 
 class Cut(trio.abc.Instrument):
@@ -180,21 +172,24 @@ def new_manager(failures: int = 0) -> Manager:
 
 @asynccontextmanager
 async def pool(manager: Manager, **options: Any) -> AsyncIterator[Session]:
-    """Open a pool of two and one; when it is left, nothing must be open."""
+    """Open a pool of two and one, with its books checked at each step.
+
+    When it is left, nothing must be open.
+    """
     options = {"pool_size": 2, "max_overflow": 1, **options}
-    async with whitepool.open_pool(manager, **options) as session:
+    async with open_checked_pool(manager, **options) as session:
         yield session
     assert session.statistics().state == "closed"
     assert not manager.shop.alive
     assert not manager.shop.opening
-    check_books(session.statistics())
+    check_books(session)
 
 
 async def check_accounts(session: Session, held: Resources) -> None:
     """The caller has what it holds, the pool has the rest, and serves as many as it ever did."""
     await trio.sleep(1)  # until everything has come to rest
     now = session.statistics()
-    check_books(now)
+    check_books(session)
     assert (now.in_use, now.waiting, now.starting, now.resetting) == (len(held), 0, 0, 0)
     for resource in held:
         session.checkin(resource)
@@ -204,7 +199,7 @@ async def check_accounts(session: Session, held: Resources) -> None:
     assert session.statistics().in_use == everything
     for resource in resources:
         session.checkin(resource)
-    check_books(session.statistics())
+    check_books(session)
 
 
 Operation = Callable[[Session, Manager, Resources], Awaitable[None]]
@@ -346,9 +341,7 @@ async def test_open_pool_leaves_nothing_open(
         manager = new_manager(failures)
 
         async def operation() -> None:
-            async with whitepool.open_pool(
-                manager, pool_size=2, max_overflow=1, hooks=hooks
-            ) as session:
+            async with pool(manager, hooks=hooks) as session:
                 await nested_worker_blocks(session)
 
         await cut.run(operation)
@@ -371,6 +364,7 @@ async def test_run_service_leaves_nothing_open(
         async def everything() -> None:
             async with trio.open_nursery() as nursery:
                 session = await nursery.start(service.run_service)
+                books.watch(session)
                 await worker_block(session)
                 await session.safe_shutdown()
 
@@ -386,11 +380,13 @@ async def test_run_service_leaves_nothing_open(
 
                 class Status(trio.TaskStatus[Session]):
                     def started(self, session: Session) -> None:
+                        books.watch(session)
                         clients.start_soon(client, session)
 
                 await service.run_service(task_status=Status())
 
-        await cut.run(everything if what == "everything" else only_the_service)
+        with BookChecker() as books:
+            await cut.run(everything if what == "everything" else only_the_service)
         assert not manager.shop.alive
         assert not manager.shop.opening
 
@@ -438,6 +434,6 @@ async def test_a_cancelled_shutdown_goes_on(
                 assert session.statistics().state == "closed"
             if cut.completed:
                 assert ends == ["served" if timeout == math.inf else "refused"]
-            check_books(session.statistics())
+            check_books(session)
 
     assert await sweep(moment, scenario) >= 2

@@ -1,4 +1,4 @@
-"""The pool survives what the example does to it, and the example tells of it."""
+"""The pool survives what the example does to it, and the example reports it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import matplotlib.font_manager  # makes its cache now, or the example would tell of it  # noqa: F401
+import matplotlib.font_manager  # makes its cache now, or the example would report it  # noqa: F401
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "chaos.py"
 FAULTS = ["3 busy killed", "3 idle killed", "server restarted", "network stalled for 0.5 s"]
 
 
 def test_chaos(tmp_path: Path) -> None:
-    """Nothing is lost, everybody gets an answer, and the picture has a mark for each fault."""
+    """Nothing is lost, each client gets an answer, and the picture has a mark for each fault."""
     picture = tmp_path / "chaos.svg"
     result = subprocess.run(
         [sys.executable, "-X", "dev", str(EXAMPLE), str(picture), "--seconds", "6"],

@@ -1,4 +1,4 @@
-"""How programs end that have a pool: by Ctrl-C, in the middle of things, and without a word.
+"""How programs with a pool end: by Ctrl-C, in the middle of things, and silently.
 
 Each scenario runs in a child process, which is this file: ``python test_exit.py SCENARIO [DSN]``.
 """
@@ -81,13 +81,13 @@ def only_interrupts(error: BaseException) -> bool:
 def report(session: whitepool.Session[Any], connections: list[TrioConnection[Any]]) -> None:
     """Tell the parent how things stood at the end."""
     now = session.statistics()
-    check_books(now)
+    check_books(session)
     still_open = sum(not connection.closed for connection in connections)
     say(f"{now.state}, in use {now.in_use}, idle {now.idle}, open {still_open}")
 
 
 async def under_load(dsn: str) -> None:
-    """Clients query, hold transactions, and wait in line."""
+    """Clients query, hold transactions, and wait for workers."""
     connections: list[TrioConnection[Any]] = []
     served = 0
 
@@ -173,7 +173,7 @@ def test_ctrl_c_during_opening() -> None:
 
 
 async def during_draining() -> None:
-    """A worker is out, and will not come back."""
+    """A client has a worker, and never returns it."""
     shop = Workshop()
     session = None
     try:
@@ -194,7 +194,7 @@ async def when_draining(session: whitepool.Session[Any]) -> None:
 
 
 def test_ctrl_c_during_draining() -> None:
-    """It ends the waiting for those who are out: their workers are closed."""
+    """It ends the waiting for workers that clients hold: they are closed."""
     with started("during_draining") as child:
         code, out, error = interrupt(child)
     assert (code, out) == (-signal.SIGINT, "closed, 0 left open\n"), error
@@ -228,7 +228,7 @@ def test_ctrl_c_during_closing() -> None:
 
 
 async def while_a_worker_is_evicted(times: str) -> None:
-    """Ctrl-C comes at the worst moment, and the user is impatient; one worker is out."""
+    """Ctrl-C comes at the worst moment, and the user is impatient; a client has one of the workers."""
     shop = Workshop()
     close = WorkerTask.close
     pressed = 0
@@ -249,7 +249,7 @@ async def while_a_worker_is_evicted(times: str) -> None:
         assert session is not None
         now = session.statistics()
         say(f"{now.state}, {len(shop.alive)} left open")
-        check_books(now)
+        check_books(session)
         session.checkin(resource)
 
 
@@ -328,7 +328,7 @@ async def leaked_in_a_thread() -> None:
             await trio.to_thread.run_sync(gc.collect)
         async with session.worker():
             say(f"leaked {session.statistics().leaked}")
-        check_books(session.statistics())
+        check_books(session)
 
 
 def test_a_leak_that_another_thread_collects() -> None:

@@ -1,4 +1,4 @@
-"""What goes wrong between a pool and a real server, in real time; and the pool is whole again."""
+"""What goes wrong between a pool and a real server, in real time; and how the pool recovers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def is_full(session: Session) -> bool:
 
 
 def has_hung_up(connection: Connection) -> bool:
-    """Ask the kernel, behind the event loop's back."""
+    """Ask the kernel, without a turn of the event loop."""
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLRDHUP)
     return bool(poll.poll(0))
@@ -88,7 +88,7 @@ async def test_idle_connections_are_replaced(server: EmbeddedPostgres, name: str
             replaced_at = trio.current_time()
             await ask(session)
             now = session.statistics()
-            check_books(now)
+            check_books(session)
             assert (now.lost, now.started, now.start_failures) == (5, 10, 0)
             print(
                 f"\n{kind}: five replaced {(replaced_at - hung_up_at) * 1000:.1f} ms after the first"
@@ -136,7 +136,7 @@ async def test_connections_that_died_a_moment_ago(
             assert session.statistics().idle == 5
             await clients(session)
             now = session.statistics()
-            check_books(now)
+            check_books(session)
             assert now.lost == 5
 
 
@@ -163,10 +163,10 @@ async def test_a_connection_that_dies_while_out_is_lost(dsn: str, name: str) -> 
                 await terminate(admin, name)
                 await until(lambda: has_hung_up(connection))
                 await trio.sleep(0.05)
-                assert session.statistics().lost == 0  # it is its client's, for now
+                assert session.statistics().lost == 0  # its client has it, for now
             assert session.statistics().lost == 1
             await ask(session)
-            check_books(session.statistics())
+            check_books(session)
 
 
 @watched
@@ -202,12 +202,12 @@ async def test_a_cut_through_all_connections(server: EmbeddedPostgres, reset: bo
                 await until(lambda: session.statistics().started == 10 and is_full(session))
                 await ask(session)
                 now = session.statistics()
-                check_books(now)
+                check_books(session)
                 assert (now.lost, now.start_failures) == (5, 0)
 
 
 @watched
-async def test_a_cut_while_newcomers_are_refused(server: EmbeddedPostgres) -> None:
+async def test_a_cut_while_new_connections_are_refused(server: EmbeddedPostgres) -> None:
     """A pool whose server is away tries again at a measured pace, and recovers within a second."""
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
@@ -229,7 +229,7 @@ async def test_a_cut_while_newcomers_are_refused(server: EmbeddedPostgres) -> No
                 print(f"\n{failures} attempts in 1 s of refusals; full {recovery * 1000:.0f} ms later")
                 assert recovery < 1.5  # at most 0.8 s of pause, and five connections
                 await ask(session)
-                check_books(session.statistics())
+                check_books(session)
 
 
 @watched
@@ -237,7 +237,7 @@ async def test_a_cut_while_newcomers_are_refused(server: EmbeddedPostgres) -> No
 async def test_a_server_that_is_restarted_under_load(
     mortal_server: EmbeddedPostgres, mode: str
 ) -> None:
-    """Clients who try again get through, and the pool is full a second after the server is back."""
+    """Clients that try again get through, and the pool is full a second after the server is back."""
     answers = troubles = 0
     back = False
 
@@ -264,7 +264,7 @@ async def test_a_server_that_is_restarted_under_load(
                 await trio.to_thread.run_sync(mortal_server.stop, mode)
                 await trio.sleep(1)
                 down = session.statistics()
-                check_books(down)
+                check_books(session)
                 assert (down.idle, down.in_use) == (0, 0)
                 await trio.to_thread.run_sync(mortal_server.start)
                 recovery = await until(lambda: is_full(session))
@@ -279,10 +279,10 @@ async def test_a_server_that_is_restarted_under_load(
             assert recovery < 1.5  # a second, and room for a slow machine
             assert failures < 40
             assert (now.in_use, now.waiting, now.leaked) == (0, 0, 0)
-            check_books(now)
+            check_books(session)
             await ask(session)
         end = session.statistics()
-        check_books(end)
+        check_books(session)
         assert (end.state, end.idle, end.in_use, end.starting, end.resetting) == ("closed", 0, 0, 0, 0)
 
 
@@ -300,7 +300,7 @@ async def test_a_server_that_has_no_room_for_more(mortal_server: EmbeddedPostgre
                 for _ in range(50):
                     nursery.start_soon(client)
             now = session.statistics()
-            check_books(now)
+            check_books(session)
             assert now.start_failures > 0
             assert (now.checkouts, now.timeouts, now.lost, now.destroyed) == (150, 0, 0, 0)
             assert 5 <= now.idle <= ROOM
@@ -340,7 +340,7 @@ async def test_a_server_that_comes_late(server: EmbeddedPostgres) -> None:
 
 
 async def test_a_silent_peer_is_found_by_the_probe(server: EmbeddedPostgres) -> None:
-    """A peer that neither answers nor hangs up is found, and replaced once others are to be had."""
+    """A worker whose peer neither answers nor hangs up is found, and replaced when that is possible."""
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
             dsn = make_conninfo(server.dsn, **proxy.address)
@@ -355,7 +355,7 @@ async def test_a_silent_peer_is_found_by_the_probe(server: EmbeddedPostgres) -> 
                 print(f"\nfull {recovery * 1000:.0f} ms after the silence")
                 assert recovery < 2  # the start under way, a pause, and three connections
                 await ask(session)
-                check_books(session.statistics())
+                check_books(session)
 
 
 async def test_a_probe_keeps_no_client_waiting(server: EmbeddedPostgres) -> None:
@@ -390,7 +390,7 @@ async def test_a_probe_keeps_no_client_waiting(server: EmbeddedPostgres) -> None
                 assert trio.current_time() - begun < 1
                 assert session.statistics().lost == 0
                 await until(lambda: session.statistics().lost == 1 and is_full(session))
-                check_books(session.statistics())
+                check_books(session)
 
 
 def port_of(connection: Connection) -> int:
@@ -415,7 +415,7 @@ async def test_a_server_that_stalls_during_a_reset(server: EmbeddedPostgres) -> 
                 await until(lambda: connection.closed)
                 proxy.resume()
                 await ask(session)
-                check_books(session.statistics())
+                check_books(session)
 
 
 async def test_a_callers_own_reset_that_stalls(server: EmbeddedPostgres) -> None:
@@ -457,7 +457,7 @@ async def test_silence_during_a_query(
                 assert session.statistics().lost == 1
                 proxy.resume()
                 await ask(session)
-                check_books(session.statistics())
+                check_books(session)
 
 
 async def test_silence_during_a_query_with_an_older_libpq(
@@ -619,7 +619,7 @@ async def test_a_shutdown_waits_for_no_silent_server(
                 await session.safe_shutdown(timeout)
                 duration = trio.current_time() - begun
                 now = session.statistics()
-                check_books(now)
+                check_books(session)
                 assert now.state == "closed"
                 assert duration < timeout + close_timeout + 0.5  # the machine may be busy
             proxy.resume()

@@ -16,7 +16,7 @@ BOUND = 20
 
 
 async def test_sigterm(server: EmbeddedPostgres, tmp_path: Path) -> None:
-    """What was asked is answered; who is silent is hung up on, who comes too late is refused."""
+    """What was asked is answered. Silent clients are hung up on, late ones are refused."""
     errors = Errors(tmp_path / "errors")
     with trio.fail_after(BOUND):
         async with (

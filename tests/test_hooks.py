@@ -1,16 +1,15 @@
-"""Six places where an application may look in, and what happens when it stumbles there."""
+"""The six hooks: when they are called, and what happens where one fails."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books, hang, raising
 
 import whitepool
-from whitepool._entry import REASONS
 
 NAMES = (
     "on_create",
@@ -72,9 +71,9 @@ async def test_the_life_of_a_worker(asynchronous: bool) -> None:
     tasks = {name: task for name, _, task in diary.entries}
     here = trio.lowlevel.current_task()
     assert tasks["before_acquire"] is tasks["on_checkout"] is here
-    host = tasks["on_create"]
-    assert host is not here
-    assert tasks["on_checkin"] is tasks["after_release"] is tasks["on_destroy"] is host
+    worker_task = tasks["on_create"]
+    assert worker_task is not here
+    assert tasks["on_checkin"] is tasks["after_release"] is tasks["on_destroy"] is worker_task
 
 
 async def test_every_kind_of_checkout_calls_them() -> None:
@@ -114,7 +113,7 @@ async def test_a_raising_on_create_is_a_failed_start(autojump_clock: trio.testin
 
 
 async def test_a_raising_before_acquire_raises_to_the_caller() -> None:
-    """Who gets no worker; none was taken."""
+    """The caller gets no worker, and none was taken."""
 
     def closed_today() -> None:
         raise ValueError("closed today")
@@ -149,9 +148,6 @@ async def test_a_raising_on_checkout_returns_the_worker() -> None:
 
 async def test_a_cancelled_on_checkout_returns_the_worker() -> None:
     """No cancellation is swallowed, no worker lost."""
-
-    async def hang(tool: Tool) -> None:
-        await trio.sleep_forever()
 
     async with whitepool.open_pool(
         Workshop().make, pool_size=1, hooks=whitepool.Hooks(on_checkout=hang)
@@ -199,7 +195,7 @@ async def test_on_checkin_may_leave_something_to_reset() -> None:
 
 
 async def test_a_question_that_raises_behind_a_hook_is_no_crash() -> None:
-    """Who raises in `needs_reset` is the manager, and the worker is destroyed."""
+    """It is the manager that raises in `needs_reset`: the worker is destroyed."""
     reasons: list[whitepool.Reason] = []
 
     class Confused(Manager):
@@ -227,15 +223,12 @@ async def test_failures_that_change_nothing_are_logged(caplog: pytest.LogCapture
             pass
         await trio.testing.wait_all_tasks_blocked()
         assert session.statistics().idle == 1
-        check_books(session.statistics())
+        check_books(session)
     assert caplog.records[0].message == "hook_failed pool=mine hook=after_release error=too late"
 
 
 async def test_a_hanging_on_destroy_is_abandoned(autojump_clock: trio.testing.MockClock) -> None:
     """After `close_timeout`."""
-
-    async def hang(reason: whitepool.Reason) -> None:
-        await trio.sleep_forever()
 
     async with whitepool.open_pool(
         Workshop().make, pool_size=3, close_timeout=2, hooks=whitepool.Hooks(on_destroy=hang)
@@ -247,12 +240,11 @@ async def test_a_hanging_on_destroy_is_abandoned(autojump_clock: trio.testing.Mo
 async def test_checkout_nowait_has_no_time_for_an_async_hook() -> None:
     """It says so, and nothing is lost."""
 
-    async def wait(*_: Any) -> None:
-        raise AssertionError("must not run")
-
     for name in ("before_acquire", "on_checkout"):
         async with whitepool.open_pool(
-            Workshop().make, pool_size=1, hooks=whitepool.Hooks(**{name: wait})
+            Workshop().make,
+            pool_size=1,
+            hooks=whitepool.Hooks(**{name: raising(AssertionError("must not run"))}),
         ) as session:
             with pytest.raises(TypeError, match=name):
                 session.checkout_nowait()
@@ -264,9 +256,3 @@ def test_a_hook_must_be_callable() -> None:
     """It is refused by name."""
     with pytest.raises(TypeError, match=r"on_destroy.*7"):
         whitepool.Hooks(on_destroy=7)  # type: ignore[arg-type]
-
-
-def test_every_reason_is_counted_somewhere() -> None:
-    """The set is closed."""
-    assert set(get_args(whitepool.Reason)) == set(REASONS)
-    assert {counter for counter, _ in REASONS.values()} == {"retired", "lost", "destroyed", "leaked"}

@@ -11,7 +11,7 @@ import pytest
 import trio
 from rich.console import Console
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop
+from workshop import Manager, Tool, Workshop, raising
 
 import whitepool
 from whitepool.live import PoolView, watch
@@ -66,7 +66,7 @@ async def test_a_pool_at_rest(autojump_clock: MockClock) -> None:
 
 
 async def test_a_pool_at_work(autojump_clock: MockClock) -> None:
-    """Who waits, and for how long; workers in every state; the checkouts of the last second."""
+    """How many wait, and for how long; workers in every state; the checkouts of the last second."""
     shop = Workshop()
     manager = Manager(shop)
     manager.before_reset = lambda tool: trio.sleep(1)
@@ -123,12 +123,9 @@ async def test_deaths_and_failing_starts(autojump_clock: MockClock) -> None:
     """They are told as they happen."""
     shop = Workshop()
 
-    async def fail(attempt: int) -> None:
-        raise OSError("no more tools")
-
     async with whitepool.open_pool(shop.with_nursery, name="shop", pool_size=2) as session:
         screen, view = Screen(), PoolView(session)
-        shop.before_open = fail
+        shop.before_open = raising(OSError("no more tools"))
         shop.tools[0].crash.set()
         await wait_all_tasks_blocked()
         assert screen.show(view)[2:] == ["10:12:00  shop  1 failed to start, 1 lost"]

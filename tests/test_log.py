@@ -23,7 +23,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "howto" / "logs.md"
 
 
 def test_an_event_is_a_sentence_and_a_record(caplog: pytest.LogCaptureFixture) -> None:
-    """People get a line, machines get the keys as attributes."""
+    """People read one line, machines get the keys as attributes."""
     log.warning("worker_lost", pool="mine", reason="100%")
     (record,) = caplog.records
     assert record.name == "whitepool"
@@ -38,7 +38,7 @@ def test_an_event_is_a_sentence_and_a_record(caplog: pytest.LogCaptureFixture) -
 
 def test_a_level_that_is_off_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """The standard logger's level decides."""
-    log.debug("nobody_listens")
+    log.debug("not_logged")
     assert not caplog.records
 
 

@@ -88,6 +88,33 @@ async def test_a_manager_must_be_able_to_create() -> None:
         await whitepool.WorkerManager[Any]().create()
 
 
+async def test_the_other_methods_have_a_default() -> None:
+    """A worker is alive, clean and well; resetting and checking it does nothing."""
+    manager, worker = whitepool.WorkerManager[object](), object()
+    assert manager.is_alive(worker)
+    assert not manager.needs_reset(worker)
+    await manager.reset(worker)
+    await manager.check(worker)
+
+
+@pytest.mark.parametrize(
+    ("worker", "expected"),
+    [
+        pytest.param(Mock(fileno=lambda: 7), 7, id="its own"),
+        pytest.param(Mock(fileno=lambda: 7, socket=Mock(fileno=lambda: 8)), 7, id="its own first"),
+        pytest.param(Mock(fileno=None, socket=Mock(fileno=lambda: 8)), 8, id="its socket's"),
+        pytest.param(object(), None, id="none"),
+        pytest.param(Mock(fileno=7, spec=["fileno"]), None, id="no method"),
+        pytest.param(Mock(fileno=lambda: "7"), None, id="no number"),
+        pytest.param(Mock(fileno=Mock(side_effect=OSError)), None, id="an error of the system"),
+        pytest.param(Mock(fileno=Mock(side_effect=ValueError)), None, id="a closed file"),
+    ],
+)
+def test_where_a_descriptor_is_looked_for(worker: Any, expected: int | None) -> None:
+    """In the worker itself, then in its `socket`; a worker without one is not watched."""
+    assert whitepool.WorkerManager[Any]().fileno(worker) == expected
+
+
 @pytest.mark.parametrize("wrong", ["3", 3.0, object()])
 async def test_a_descriptor_is_a_number(wrong: Any, autojump_clock: trio.testing.MockClock) -> None:
     """A manager that says something else has failed to open a worker."""

@@ -1,13 +1,13 @@
 """Random uses of a pool, which a model that fits on one page must not be contradicted by.
 
-The model knows who holds what, who waits in which order, and what became of each tool. It doesn't know
-how the pool works: everything that it checks after each step is something that a client could notice.
+The model knows which client holds what, in which order clients wait, and what became of each tool. It
+doesn't know how the pool works: what it checks after each step is something that a client could notice.
+The pool's own books are checked beside it.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import socket
 import threading
 import warnings
@@ -24,6 +24,7 @@ import trio.testing
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from outcome import Outcome, Value, capture
+from timing import Hangs, alarm
 from workshop import Manager, Tool, Workshop, check_books
 
 import whitepool
@@ -69,21 +70,16 @@ class BackgroundTrio:
             await trio.testing.wait_all_tasks_blocked()
             return result
 
-        def ring(*_: object) -> None:
-            self.hangs = True
-            raise TimeoutError("the pool hangs, or spins")
-
-        before = signal.signal(signal.SIGALRM, ring)
-        signal.alarm(5)
         try:
-            return trio.from_thread.run(call, trio_token=self._token)
+            with alarm(5):
+                return trio.from_thread.run(call, trio_token=self._token)
+        except Hangs:
+            self.hangs = True
+            raise TimeoutError("the pool hangs, or spins") from None
         except (trio.Cancelled, trio.RunFinishedError):
             self._thread.join()
             self._end.unwrap()  # a task has crashed
             raise
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
 
     async def let_pass(self, seconds: float) -> None:
         """Let time pass as it does: whatever falls due, falls due one after the other."""
@@ -101,7 +97,7 @@ class BackgroundTrio:
 
 
 class Moody(Manager):
-    """A manager of tools that can die in every way, and whose every action may be slow or fail."""
+    """A manager of tools that can die in every way. Each of its actions may be slow, or fail."""
 
     def __init__(self) -> None:
         shop = Workshop()
@@ -184,7 +180,7 @@ class Client:
     """A task that wants a worker."""
 
     number: int
-    """Clients come one after the other: the one with the smaller number joined the line first."""
+    """Clients come one after the other: the one with the smaller number began to wait first."""
     deadline: float
     comes_too_late: bool
     """The pool has begun to shut down."""
@@ -221,7 +217,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.steps = 0
         self.draining = False
         self.closes_by = math.inf
-        """When whatever is out will be closed."""
+        """When the workers that clients still hold will be closed."""
 
     @initialize(
         seed=st.random_module(),  # of Trio's scheduler too
@@ -242,7 +238,7 @@ class PoolMachine(RuleBasedStateMachine):
             session: whitepool.Session[Tool] = await self.trio.nursery.start(pool.run_service)
             return session
 
-        if with_hooks:  # every returned worker passes through its host
+        if with_hooks:  # every returned worker passes through its task
             hooks = whitepool.Hooks(on_checkin=lambda _: None, after_release=lambda: trio.sleep(0.3))
             options["hooks"] = hooks
         self.limit = options["pool_size"] + options["max_overflow"]
@@ -265,12 +261,12 @@ class PoolMachine(RuleBasedStateMachine):
                 resource = await checkout()
             except whitepool.PoolOverloaded:
                 client.end = "overloaded"
-                self._expect(self.options["patience"] < 1, f"{client} was sent away")
+                self._expect(self.options["patience"] < 1, f"{client} was shed")
             except whitepool.CheckoutTimeout:
                 client.end = "timed out"
                 self._expect(trio.current_time() >= client.deadline, f"{client} timed out too early")
             except whitepool.PoolClosed:
-                client.end = "sent away"
+                client.end = "refused"
                 in_time = trio.current_time() < self.closes_by
                 self._expect(client.comes_too_late or not in_time, f"{client} was not served")
             except (whitepool.PoolFull, whitepool.PoolStartError) as error:
@@ -281,13 +277,13 @@ class PoolMachine(RuleBasedStateMachine):
         if client.scope.cancelled_caught:
             client.end = "cancelled"
         elif client.comes_too_late:
-            self._expect(client.end == "sent away", f"{client} was let in")
+            self._expect(client.end == "refused", f"{client} was let in")
         client.ended_at = trio.current_time()
 
     def _receive(self, resource: whitepool.Resource[Tool]) -> None:
         tool = resource.get()
         reasons = {
-            "held by somebody else": self.held,
+            "held by another client": self.held,
             "dirty": self.manager.dirty,
             "dead": self.manager.dead,
             "crashed": self.manager.crashed,
@@ -449,9 +445,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def all_is_well_in_the_end(self) -> None:
-        """Everything is repaired and returned: the pool must become whole, or closed."""
+        """Everything is repaired and returned: the pool must be complete again, or closed."""
 
-        async def until_the_dust_has_settled() -> None:
+        async def come_to_rest() -> None:
             self.manager.repair()
             if self.limit == 0:
                 for client in self.waiting:
@@ -464,7 +460,7 @@ class PoolMachine(RuleBasedStateMachine):
                     break
             await self.trio.let_pass(60)
 
-        self.trio.run(until_the_dust_has_settled)
+        self.trio.run(come_to_rest)
         now = self.session.statistics()
         assert not self.waiting
         if self.draining:
@@ -503,7 +499,7 @@ class PoolMachine(RuleBasedStateMachine):
                 assert not self.shop.opening
                 assert not self.waiting
                 now = self.session.statistics()
-                check_books(now)
+                check_books(self.session)
                 assert now.state == "closed"
                 for resource in self.leases:
                     self.session.checkin(resource)  # late, but in good standing
@@ -524,8 +520,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert not self.complaints
         self._the_books_add_up()
         self._the_bounds_hold()
-        self._nobody_is_overtaken()
-        self._nobody_waits_in_vain()
+        self._no_waiter_is_overtaken()
+        self._no_waiter_waits_in_vain()
         self._a_drained_pool_closes()
 
     def _tools_in_use(self, tools: list[Tool]) -> list[Tool]:
@@ -536,7 +532,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _the_books_add_up(self) -> None:
         now = self.session.statistics()
-        check_books(now)
+        check_books(self.session)
         assert now.in_use == len(self._tools_in_use([resource.get() for resource in self.leases]))
         assert now.waiting == len(self.waiting)
         assert now.leaked == self.leaked
@@ -549,14 +545,14 @@ class PoolMachine(RuleBasedStateMachine):
         # From the factory's side, where a worker that is being closed still counts.
         assert self.shop.most_alive <= self.limit
 
-    def _nobody_is_overtaken(self) -> None:
+    def _no_waiter_is_overtaken(self) -> None:
         served = [client for client in self.clients if client.end == "served"]
         for late in served[-20:]:
             for early in self.clients[: late.number]:
-                # Those who are served at the same time resume in any order.
+                # Clients that are served at the same time resume in any order.
                 assert early.ended_at <= late.ended_at, f"{late} overtook {early}"
 
-    def _nobody_waits_in_vain(self) -> None:
+    def _no_waiter_waits_in_vain(self) -> None:
         now = self.trio.clock.current_time()
         for client in self.waiting:
             assert now < client.deadline, f"{client} was forgotten"
@@ -579,7 +575,7 @@ class PoolMachine(RuleBasedStateMachine):
     def _a_drained_pool_closes(self) -> None:
         now = self.session.statistics()
         if self.draining and not now.waiting and not now.in_use:
-            assert not self.shop.opening, "nobody needs that any more"
+            assert not self.shop.opening, "no task waits for that any more"
             if not self.shop.alive:
                 assert now.state == "closed"
         if now.state == "closed":

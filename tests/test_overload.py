@@ -1,4 +1,4 @@
-"""A line that stands is thinned out early; one that drains, or is only held up, is not. (Rule 11.)"""
+"""While the queue grows, waiters are shed early; while it drains, or is held up, none is. (Rule 11.)"""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import trio.testing
 from workshop import Tool, Workshop, check_books
 
 import whitepool
-from whitepool._overload import Look, is_growing
+from whitepool import _overload as overload
+from whitepool._overload import Look
 
 Clock = trio.testing.MockClock
 SERVICE, DEADLINE, WORKERS = 0.02, 0.25, 5
@@ -22,10 +23,10 @@ CAPACITY = WORKERS / SERVICE
 
 @dataclass
 class Outcome:
-    """What became of the requests."""
+    """What became of the requests, and after how long those were shed that were."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    refused_after: list[float] = field(default_factory=list)
+    shed_after: list[float] = field(default_factory=list)
 
 
 async def offer(
@@ -46,7 +47,7 @@ async def offer(
                 await trio.sleep(SERVICE)
         except whitepool.PoolOverloaded:
             outcome.counts["overloaded"] += 1
-            outcome.refused_after.append(trio.current_time() - began)
+            outcome.shed_after.append(trio.current_time() - began)
         except whitepool.CheckoutTimeout:
             outcome.counts["timeouts"] += 1
         else:
@@ -62,12 +63,12 @@ async def offer(
                 await trio.sleep(rng.expovariate(load * CAPACITY))
                 deadline = others if rng.random() < share_of_others else DEADLINE
                 nursery.start_soon(request, session, deadline)
-        check_books(session.statistics())
+        check_books(session)
         assert session.statistics().overloads == outcome.counts["overloaded"]
     return outcome
 
 
-async def test_below_its_capacity_the_pool_serves_everybody(autojump_clock: Clock) -> None:
+async def test_below_its_capacity_the_pool_serves_every_task(autojump_clock: Clock) -> None:
     """At 0.9 times what it can serve, nothing is shed."""
     outcome = await offer(0.9, seconds=10)
     assert set(outcome.counts) == {"in time"}
@@ -79,9 +80,9 @@ async def test_goodput_under_overload(load: float, autojump_clock: Clock) -> Non
     outcome = await offer(load, seconds=5)
     assert outcome.counts["in time"] >= 0.95 * CAPACITY * 5
     assert outcome.counts["timeouts"] <= 0.02 * outcome.counts["overloaded"]
-    # Sent away when a share of 0.4 is used up, but for those in line when it began to stand.
-    refused = sorted(outcome.refused_after)
-    assert refused[len(refused) // 2] == pytest.approx(0.4 * DEADLINE, abs=0.01)
+    # Shed when a share of 0.4 is used up, but for those that waited when the queue began to grow.
+    shed_after = sorted(outcome.shed_after)
+    assert shed_after[len(shed_after) // 2] == pytest.approx(0.4 * DEADLINE, abs=0.01)
 
 
 async def test_without_it_the_pool_collapses(autojump_clock: Clock) -> None:
@@ -93,7 +94,7 @@ async def test_without_it_the_pool_collapses(autojump_clock: Clock) -> None:
 
 @pytest.mark.parametrize("timeout", [math.inf, 45.0])
 async def test_a_burst_is_served_whole(timeout: float, autojump_clock: Clock) -> None:
-    """Ten thousand tasks at once, which the line can serve in 40 s, are all served, in order."""
+    """Ten thousand tasks at once, which the pool can serve in 40 s, are all served."""
     served: list[int] = []
 
     async def request(session: whitepool.Session[Tool], number: int) -> None:
@@ -107,15 +108,15 @@ async def test_a_burst_is_served_whole(timeout: float, autojump_clock: Clock) ->
             for number in range(10_000):
                 nursery.start_soon(request, session, number)
             await trio.testing.wait_all_tasks_blocked()
-            order = list(session._queue.waiters)
+            assert session.statistics().waiting == 10_000
             for resource in resources:
                 session.checkin(resource)
-        assert len(served) == len(order) == 10_000
+        assert len(served) == 10_000
         assert session.statistics().overloads == session.statistics().timeouts == 0
 
 
-async def test_a_stall_sheds_nobody_early(autojump_clock: Clock) -> None:
-    """While nobody is served at all, only those are sent away whose time is up."""
+async def test_a_stall_sheds_no_waiter(autojump_clock: Clock) -> None:
+    """While no task is served at all, none leaves before its time is up."""
     stalled = trio.Event()
     ends: Counter[str] = Counter()
 
@@ -139,10 +140,10 @@ async def test_a_stall_sheds_nobody_early(autojump_clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("phase", range(0, 200, 20))
-async def test_a_line_that_drains_after_a_stall_is_left_alone(
+async def test_a_queue_that_drains_after_a_stall_is_left_alone(
     phase: int, autojump_clock: Clock
 ) -> None:
-    """Whenever the stall of two seconds ends, only those are sent away whose time was up in it."""
+    """Whenever the stall of two seconds ends, only those leave whose time was up in it."""
     begins, ends = 5, 7 + phase / 1000
     outcomes: Counter[str] = Counter()
 
@@ -169,7 +170,7 @@ async def test_a_line_that_drains_after_a_stall_is_left_alone(
 
 
 async def test_a_task_without_a_timeout_is_never_shed(autojump_clock: Clock) -> None:
-    """However long the line stands."""
+    """However long the queue grows."""
     served = 0
 
     async def patient(session: whitepool.Session[Tool]) -> None:
@@ -194,8 +195,8 @@ async def test_a_task_without_a_timeout_is_never_shed(autojump_clock: Clock) -> 
         assert session.statistics().overloads > 500
 
 
-async def test_each_is_looked_at_by_its_own_timeout(autojump_clock: Clock) -> None:
-    """Callers that have time do not keep those in a hurry from being told early."""
+async def test_each_waiter_is_looked_at_by_its_own_timeout(autojump_clock: Clock) -> None:
+    """Waiters that have time do not keep those in a hurry from being shed early."""
     outcome = await offer(3, seconds=5, share_of_others=0.2, others=5)
     assert outcome.counts["in time"] >= 0.95 * CAPACITY * 5
     assert outcome.counts["timeouts"] + outcome.counts["late"] <= 0.02 * outcome.counts["overloaded"]
@@ -223,11 +224,76 @@ async def test_few_that_are_served_tell_little(autojump_clock: Clock) -> None:
     assert ends["PoolOverloaded"] <= 0.06 * 3000
 
 
-def test_what_stands() -> None:
-    """More joined than were served; and of those there were some."""
-    then = Look(joined=100, served=50, served_before=True)
-    assert is_growing(then, joined=120, served=60)
-    assert not is_growing(then, joined=110, served=70)
-    assert not is_growing(then, joined=110, served=60)
-    assert not is_growing(then, joined=120, served=50)  # no task was served
-    assert not is_growing(then._replace(served_before=False), joined=120, served=60)
+# -- The decisions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("joined", "served", "served_before", "expected"),
+    [
+        pytest.param(20, 10, True, True, id="more joined than were served"),
+        pytest.param(11, 10, True, True, id="one more"),
+        pytest.param(2, 1, True, True, id="one was served"),
+        pytest.param(10, 10, True, False, id="1. as many were served as joined"),
+        pytest.param(10, 20, True, False, id="1. it drains"),
+        pytest.param(0, 1, True, False, id="1. no task joined"),
+        pytest.param(20, 0, True, False, id="2. no task was served"),
+        pytest.param(0, 0, True, False, id="2. nothing happened"),
+        pytest.param(20, 10, False, False, id="3. no task was served in the period before"),
+    ],
+)
+def test_whether_the_queue_grows(joined: int, served: int, served_before: bool, expected: bool) -> None:
+    """Since the last look, so many joined and so many were served."""
+    then = Look(joined=100, served=50, served_before=served_before)
+    assert overload.is_growing(then, 100 + joined, 50 + served) is expected
+
+
+@pytest.mark.parametrize(
+    ("patience", "expected"),
+    [
+        pytest.param(0.4, 0.2, id="two periods make the share"),
+        pytest.param(0.999, 0.4995, id="just below 1"),
+        pytest.param(1, 1, id="1 turns shedding off"),
+        pytest.param(1.0, 1, id="1.0 does, too"),
+    ],
+)
+def test_the_period(patience: float, expected: float) -> None:
+    """With 1, the first look is when the waiter's time is up."""
+    assert overload.period(patience) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("now", "ends", "seconds", "expected"),
+    [
+        pytest.param(100, 110, 2, 102, id="after a period"),
+        pytest.param(100, 110, 9.5, 109.5, id="just before the end"),
+        pytest.param(100, 110, 10, 110, id="at the end"),
+        pytest.param(100, 110, 11, 110, id="not after the end"),
+        pytest.param(100, 110, 0, 110, id="a period of no time"),
+        pytest.param(1e9, 1e9 + 1, 1e-9, 1e9 + 1, id="a period that the clock can't tell"),
+    ],
+)
+def test_the_next_look(now: float, ends: float, seconds: float, expected: float) -> None:
+    """It is always later than now, or the waiter would be looked at without end."""
+    assert overload.next_look(now, ends, seconds) == expected > now
+
+
+@pytest.mark.parametrize(
+    ("waiting", "max_waiting", "obtainable", "expected"),
+    [
+        pytest.param(4, 5, 0, False, id="one more may wait"),
+        pytest.param(5, 5, 0, True, id="as many wait as may"),
+        pytest.param(6, 5, 0, True, id="more wait than may, as workers were lost"),
+        pytest.param(0, 0, 0, True, id="none may wait"),
+        pytest.param(0, 0, 1, False, id="a worker is on its way to it"),
+        pytest.param(1, 0, 1, True, id="the only worker on its way is another waiter's"),
+        pytest.param(5, 5, 6, False, id="more are on their way than may wait"),
+        pytest.param(10, 5, 6, False, id="those with a worker on its way do not count"),
+        pytest.param(11, 5, 6, True, id="five more wait for clients"),
+        pytest.param(10**6, math.inf, 0, False, id="without a limit"),
+    ],
+)
+def test_whether_the_queue_is_full(
+    waiting: int, max_waiting: float, obtainable: int, expected: bool
+) -> None:
+    """For `max_waiting`, only the tasks count that need a client to return a worker."""
+    assert overload.is_queue_full(waiting, max_waiting, obtainable) is expected

@@ -1,4 +1,4 @@
-"""Options, opening, and who ends what."""
+"""Opening a pool, and what ends what."""
 
 from __future__ import annotations
 
@@ -10,78 +10,18 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books, hang, raising
 
 import whitepool
-from whitepool._options import Options
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
-
-BAD_OPTIONS: list[tuple[str, Any, type[Exception]]] = [
-    ("pool_size", "5", TypeError),
-    ("pool_size", 5.0, TypeError),
-    ("pool_size", True, TypeError),
-    ("pool_size", -1, ValueError),
-    ("max_overflow", None, TypeError),
-    ("max_overflow", -3, ValueError),
-    ("max_starting", 0, ValueError),
-    ("max_starting", math.inf, TypeError),
-    ("max_waiting", 1.5, TypeError),
-    ("max_waiting", -1, ValueError),
-    ("strategy", "random", ValueError),
-    ("strategy", 1, TypeError),
-    ("name", 7, TypeError),
-    ("lazy", 1, TypeError),
-    ("overflow_ttl", "10", TypeError),
-    ("overflow_ttl", -0.1, ValueError),
-    ("overflow_ttl", math.nan, ValueError),
-    ("start_timeout", 0, ValueError),
-    ("start_timeout", None, TypeError),
-    ("reset_timeout", -1, ValueError),
-    ("close_timeout", False, TypeError),
-    ("shutdown_timeout", -1, ValueError),
-    ("patience", 0, ValueError),
-    ("patience", 1.5, ValueError),
-    ("patience", math.nan, ValueError),
-    ("patience", "0.4", TypeError),
-    ("idle_timeout", 0, ValueError),
-    ("max_lifetime", -1, ValueError),
-    ("check_interval", None, TypeError),
-    ("hooks", [], TypeError),
-]
-
-
-@pytest.mark.parametrize(("option", "value", "error"), BAD_OPTIONS)
-def test_a_bad_option_is_refused_by_name(option: str, value: Any, error: type[Exception]) -> None:
-    """The message names the option and the value, and nothing has been opened."""
-    shop = Workshop()
-    with pytest.raises(error, match=option) as caught:
-        whitepool.Pool(shop.make, **{option: value})
-    assert repr(value) in str(caught.value)
-    with pytest.raises(error):
-        whitepool.open_pool(shop.make, **{option: value})
-    assert shop.attempts == 0
-
-
-def test_an_unknown_option_is_refused() -> None:
-    """A typing error does not go unnoticed."""
-    with pytest.raises(TypeError, match="poolsize"):
-        whitepool.Pool(Workshop().make, poolsize=3)  # type: ignore[call-arg]
 
 
 def test_a_factory_must_be_callable() -> None:
     """The object itself instead of a factory is the commonest mistake."""
     with pytest.raises(TypeError, match="factory must be callable"):
         whitepool.Pool(object())  # type: ignore[arg-type]
-
-
-def test_names_are_generated() -> None:
-    """Two pools without a name can be told apart."""
-    one, other = Options().name, Options().name
-    assert one is not None
-    assert one.startswith("pool-")
-    assert one != other
 
 
 async def test_open_pool_yields_a_full_pool() -> None:
@@ -125,7 +65,7 @@ async def test_a_lazy_pool_opens_nothing_before_the_first_need() -> None:
 
 
 async def test_a_pool_of_nothing_but_overflow() -> None:
-    """`pool_size=0` starts workers on demand and lets them go."""
+    """`pool_size=0` starts workers on demand, and retires them."""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=0, max_overflow=1, overflow_ttl=0) as session:
         assert session.statistics().state == "overflow"
@@ -136,7 +76,7 @@ async def test_a_pool_of_nothing_but_overflow() -> None:
 
 
 async def test_a_pool_of_no_workers_at_all() -> None:
-    """It is legal, it is full, and it says so."""
+    """It is allowed, and always full."""
     async with whitepool.open_pool(Workshop().make, pool_size=0, max_overflow=0) as session:
         assert session.statistics().state == "full"
         with pytest.raises(whitepool.PoolFull):
@@ -164,10 +104,7 @@ async def test_opening_gives_up(autojump_clock: trio.testing.MockClock) -> None:
     shop = Workshop()
     refusal = OSError("connection refused")
 
-    async def down(_: int) -> None:
-        raise refusal
-
-    shop.before_open = down
+    shop.before_open = raising(refusal)
     with pytest.raises(whitepool.PoolStartError, match="0 of 2 workers") as caught:
         async with whitepool.open_pool(shop.make, pool_size=2, start_timeout=10):
             pytest.fail("it must not open")
@@ -178,7 +115,7 @@ async def test_opening_gives_up(autojump_clock: trio.testing.MockClock) -> None:
 async def test_opening_gives_up_on_a_hanging_factory(autojump_clock: trio.testing.MockClock) -> None:
     """A factory that never returns is cancelled."""
     shop = Workshop()
-    shop.before_open = lambda _: trio.sleep_forever()
+    shop.before_open = hang
     with pytest.raises(whitepool.PoolStartError):
         async with whitepool.open_pool(shop.make, pool_size=2, start_timeout=10):
             pytest.fail("it must not open")
@@ -190,10 +127,7 @@ async def test_a_final_error_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("random.uniform", lambda low, _: low)
     shop = Workshop()
 
-    async def wrong_password(_: int) -> None:
-        raise whitepool.PoolStartError("wrong password")
-
-    shop.before_open = wrong_password
+    shop.before_open = raising(whitepool.PoolStartError("wrong password"))
     for attempts in range(1, 21):  # which of the tasks that wake up runs first is chance, too
         with pytest.raises(whitepool.PoolStartError, match="wrong password"):
             async with whitepool.open_pool(shop.make, pool_size=1):
@@ -244,7 +178,7 @@ async def test_an_exception_leaves_the_block_as_it_was_raised() -> None:
 
 
 async def test_an_exception_group_of_the_user_stays_one() -> None:
-    """The pool takes off its own wrapping, nobody else's."""
+    """The pool takes off its own wrapping, and no other."""
     with pytest.raises(BaseExceptionGroup) as caught:
         async with whitepool.open_pool(Workshop().make):
             raise BaseExceptionGroup("mine", [ValueError()])
@@ -296,7 +230,7 @@ async def test_a_normal_exit_waits_for_outstanding_workers(
     assert trio.current_time() == pytest.approx(3)
     assert not shop.alive
     session.checkin(resource)  # late, but in good standing
-    check_books(session.statistics())
+    check_books(session)
 
 
 async def test_run_service() -> None:
@@ -340,10 +274,7 @@ async def test_a_service_that_cannot_start_says_so(autojump_clock: trio.testing.
     """`nursery.start` raises what opening raised."""
     shop = Workshop()
 
-    async def down(_: int) -> None:
-        raise OSError
-
-    shop.before_open = down
+    shop.before_open = raising(OSError())
     pool = whitepool.Pool(shop.make, start_timeout=1)
     with pytest.raises(BaseExceptionGroup) as caught:
         async with trio.open_nursery() as nursery:
@@ -360,7 +291,7 @@ async def test_ctrl_c_reaches_the_user_and_closes_everything() -> None:
     assert not shop.alive
 
 
-async def test_a_host_that_raises_no_exception_brings_the_pool_down() -> None:
+async def test_a_worker_task_that_raises_no_exception_ends_the_pool() -> None:
     """SystemExit in a factory is not a failed start: it ends the program, in good order."""
     shop = Workshop()
 
@@ -376,6 +307,22 @@ async def test_a_host_that_raises_no_exception_brings_the_pool_down() -> None:
                 await session.block_checkout(timeout=math.inf)
     assert caught.value.split(SystemExit)[1] is None  # nothing else in it
     assert held.get().closed
+
+
+async def test_two_errors_leave_the_block_as_a_group() -> None:
+    """That of the block and that of a worker task: neither hides the other."""
+    shop = Workshop()
+    error = ValueError("mine")
+    with pytest.raises(BaseExceptionGroup) as caught:
+        async with whitepool.open_pool(shop.make, pool_size=1) as session:
+            shop.before_open = raising(SystemExit(3))
+            session.destroyed(await session.block_checkout())
+            with pytest.raises(whitepool.PoolClosed):
+                await session.block_checkout(timeout=math.inf)
+            raise error
+    assert error in caught.value.exceptions
+    assert caught.value.subgroup(SystemExit) is not None
+    assert not shop.alive
 
 
 async def test_a_context_manager_that_can_be_awaited_too() -> None:

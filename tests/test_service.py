@@ -52,7 +52,7 @@ class Service:
         order = {"payer": payer, "payee": payee, "amount": 1}
         response = await self.http.put(f"/transfers/{id or uuid4()}", json=order)
         assert response.status_code in (200, 201, 503)
-        # Whoever is turned away is told when to come back.
+        # A client that is refused is told when to come back.
         assert ("retry-after" in response.headers) == (response.status_code == 503)
         return response.status_code
 
@@ -134,7 +134,7 @@ async def transfers(onlooker: Connection) -> list[str]:
 
 @asynccontextmanager
 async def locked(dsn: str, account: int) -> AsyncIterator[int]:
-    """Make transfers of an account wait until the end of a block; yield who it is that locks it."""
+    """Make transfers of an account wait until the end of a block; yield the process that locks it."""
     async with await connect(dsn, application_name="onlooker") as holder:
         await holder.execute("SELECT FROM account WHERE id = %s FOR UPDATE", (account,))
         yield holder.info.backend_pid
@@ -251,7 +251,7 @@ async def test_it_heals(mortal_server: EmbeddedPostgres, errors: Errors) -> None
     stop = trio.Event()
 
     async def repeat(service: Service) -> None:
-        """Be a client who says everything until it is done."""
+        """Be a client that repeats each transfer until it is done."""
         while not stop.is_set():
             id = str(uuid4())
             while await service.transfer(id=id) == 503:
@@ -289,10 +289,10 @@ async def test_it_heals(mortal_server: EmbeddedPostgres, errors: Errors) -> None
             assert "Traceback" not in errors.read()
 
 
-async def test_a_long_line_is_not_made_longer(
+async def test_a_long_queue_is_not_made_longer(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who comes when 20 are waiting already is turned away at once. The others are served."""
+    """A request that comes when 20 are waiting is refused at once. The others are served."""
     statuses: list[int] = []
 
     async def one(service: Service) -> None:
@@ -345,7 +345,7 @@ async def test_no_request_waits_longer_than_it_may(
 async def test_a_request_has_a_deadline(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who waits for the database for longer than was promised is told, and the database as well."""
+    """A request that waits too long for the database is answered, and its query is cancelled."""
     with trio.fail_after(BOUND):
         async with (
             open_database(server) as (dsn, onlooker),

@@ -10,11 +10,12 @@ import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books, hang, raising, use
 
 import whitepool
 
@@ -27,8 +28,8 @@ async def pool(shop: Workshop | None = None, **options: Any) -> AsyncIterator[Se
     options = {"pool_size": 2, "max_overflow": 0, "shutdown_timeout": 0, **options}
     async with whitepool.open_pool((shop or Workshop()).make, **options) as session:
         yield session
-        check_books(session.statistics())
-    check_books(session.statistics())
+        check_books(session)
+    check_books(session)
 
 
 async def test_checkout_and_checkin() -> None:
@@ -67,7 +68,7 @@ async def test_fifo_spreads_the_use() -> None:
 
 
 async def test_no_newcomer_overtakes_a_waiter() -> None:
-    """Returned workers go to the tasks in line, in the order in which they came. (Rule 2.)"""
+    """Returned workers go to the waiters, in the order in which they came. (Rule 2.)"""
     async with pool(pool_size=1) as session:
         served = []
 
@@ -84,7 +85,7 @@ async def test_no_newcomer_overtakes_a_waiter() -> None:
                 await trio.testing.wait_all_tasks_blocked()
             session.checkin(resource)
             with pytest.raises(trio.WouldBlock):
-                session.checkout_nowait()  # nobody has run yet, but it is somebody's already
+                session.checkout_nowait()  # no task has run yet, but the worker is a waiter's already
             with pytest.raises(whitepool.PoolFull):
                 await session.nonblock_checkout()
         assert served == list(range(20))
@@ -138,11 +139,7 @@ async def test_a_timeout_tells_why_no_worker_starts(autojump_clock: trio.testing
     shop = Workshop()
     refusal = OSError("connection refused")
     async with pool(shop, pool_size=0, max_overflow=1) as session:
-
-        async def down(_: int) -> None:
-            raise refusal
-
-        shop.before_open = down
+        shop.before_open = raising(refusal)
         with pytest.raises(whitepool.CheckoutTimeout) as caught:
             await session.block_checkout(timeout=3)
         assert caught.value.__cause__ is refusal
@@ -158,7 +155,7 @@ async def test_the_default_timeout(autojump_clock: trio.testing.MockClock) -> No
 
 
 async def test_the_shortest_timeout_there_is(autojump_clock: trio.testing.MockClock) -> None:
-    """One tick of the clock, of which no share can be told any more."""
+    """One tick of the clock, of which there is no shorter share."""
     async with pool(pool_size=1) as session, session.worker():
         await trio.sleep(1e4)
         with pytest.raises(whitepool.CheckoutTimeout):
@@ -235,10 +232,10 @@ async def test_nonblock_checkout_does_not_wait_for_a_server_that_is_down(
         assert trio.current_time() == pytest.approx(0.25)
 
 
-async def test_nonblock_checkout_waits_for_what_the_pool_itself_is_at(
+async def test_nonblock_checkout_waits_for_what_the_pool_itself_does(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """A worker that nobody has, though it is being reset or replaced, is no reason to be refused."""
+    """A checkout is not refused where a worker is being reset or replaced, and no client has it."""
     manager = Manager(Workshop())
     manager.before_reset = manager.shop.before_close = lambda _: trio.sleep(1)
     async with whitepool.open_pool(manager, pool_size=1, max_overflow=0, max_waiting=0) as session:
@@ -257,7 +254,7 @@ async def test_nonblock_checkout_waits_for_what_the_pool_itself_is_at(
         session.checkin(resource)
 
 
-async def test_a_failed_start_refuses_only_who_waited_for_it(
+async def test_a_failed_start_refuses_only_the_task_that_waited_for_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """Of two that wait for a start each, one is told of a failure, the other gets its worker."""
@@ -288,8 +285,8 @@ async def test_a_failed_start_refuses_only_who_waited_for_it(
 
 
 @pytest.mark.parametrize("pool_size", [0, 1])
-async def test_max_waiting_counts_those_who_wait_for_others(pool_size: int) -> None:
-    """Where nobody may wait in line, a new worker within the overflow may still be waited for."""
+async def test_max_waiting_counts_the_tasks_that_wait_for_clients(pool_size: int) -> None:
+    """Where no task may wait for a client, one may still wait for a new worker within the overflow."""
     async with whitepool.open_pool(
         Workshop().make, pool_size=pool_size, max_overflow=2, lazy=True, max_waiting=0
     ) as session:
@@ -316,12 +313,7 @@ async def test_max_waiting(autojump_clock: trio.testing.MockClock) -> None:
     async with pool(pool_size=1, max_waiting=1) as session:
         resource = await session.block_checkout()
         async with trio.open_nursery() as nursery:
-
-            async def client() -> None:
-                async with session.worker():
-                    pass
-
-            nursery.start_soon(client)
+            nursery.start_soon(use, session)
             await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(whitepool.PoolOverloaded) as caught:
                 await session.block_checkout()
@@ -334,7 +326,7 @@ async def test_max_waiting(autojump_clock: trio.testing.MockClock) -> None:
 
 
 async def test_a_cancelled_waiter_leaves_no_trace() -> None:
-    """It is out of the line, and the next in line is served. (Rule 3.)"""
+    """It is out of the queue, and the next waiter is served. (Rule 3.)"""
     async with pool(pool_size=1) as session:
         resource = await session.block_checkout()
         async with trio.open_nursery() as nursery:
@@ -344,13 +336,9 @@ async def test_a_cancelled_waiter_leaves_no_trace() -> None:
                 with scope:
                     await session.block_checkout()
 
-            async def patient() -> None:
-                async with session.worker():
-                    pass
-
             nursery.start_soon(cancelled)
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(patient)
+            nursery.start_soon(use, session)
             await trio.testing.wait_all_tasks_blocked()
             assert session.statistics().waiting == 2
             scope.cancel()
@@ -423,7 +411,7 @@ async def test_every_checkout_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -
                 session.checkin(await checkout())
 
 
-async def test_nobody_keeps_the_loop_to_himself() -> None:
+async def test_no_task_keeps_the_loop_to_itself() -> None:
     """Tasks that always find an idle worker, and do nothing with it, let others run all the same."""
     async with pool(pool_size=2) as session, trio.open_nursery() as nursery:
         turns = 0
@@ -433,7 +421,7 @@ async def test_nobody_keeps_the_loop_to_himself() -> None:
                 async with session.worker():
                     if turns == 10:
                         return
-            pytest.fail("nobody else could run")
+            pytest.fail("no other task could run")
 
         nursery.start_soon(greedy)
         nursery.start_soon(greedy)
@@ -443,7 +431,7 @@ async def test_nobody_keeps_the_loop_to_himself() -> None:
 
 
 async def test_a_returned_resource_cannot_be_returned_again() -> None:
-    """Whichever way it was returned, and the pool is none the worse. (Rule 9.)"""
+    """Whichever way it was returned; and the pool is not harmed. (Rule 9.)"""
     async with pool() as session:
         for give_back in (session.checkin, session.destroyed):
             resource = await session.block_checkout()
@@ -497,7 +485,7 @@ async def test_the_context_manager_returns_the_worker(error: BaseException | Non
 
 
 async def test_a_dirty_worker_is_reset_after_checkin_has_returned() -> None:
-    """In its host, and nobody gets it before. (Rule 7.)"""
+    """In its own task, and no client gets it before. (Rule 7.)"""
     shop = Workshop()
     manager = Manager(shop)
     gate = trio.Event()
@@ -573,7 +561,7 @@ async def test_a_manager_that_raises_costs_the_worker_only(question: str) -> Non
         await trio.testing.wait_all_tasks_blocked()
         assert tool.closed
         assert session.statistics().idle == 1
-        check_books(session.statistics())
+        check_books(session)
 
 
 async def test_a_forgotten_resource_is_reclaimed() -> None:
@@ -648,7 +636,7 @@ async def test_tracing_tells_where_the_resource_was_checked_out(
 
 
 async def test_a_resource_that_outlives_the_pool_is_no_leak() -> None:
-    """The pool has closed its worker; nobody needs to hear of it. (Rule 8.)"""
+    """The pool has closed its worker, so there is nothing to warn about. (Rule 8.)"""
     async with pool() as session:
         resource = await session.block_checkout()
     with warnings.catch_warnings():
@@ -656,6 +644,19 @@ async def test_a_resource_that_outlives_the_pool_is_no_leak() -> None:
         del resource
         gc.collect()
     assert session.statistics().leaked == 0
+
+
+async def test_a_forgotten_resource_of_a_run_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Trio has ended, no task could reclaim its worker: there is no warning. (Rule 8.)"""
+    async with pool() as session:
+        forgotten = [await session.block_checkout()]
+        run_sync_soon = Mock(side_effect=trio.RunFinishedError)
+        monkeypatch.setattr(session, "_trio_token", Mock(run_sync_soon=run_sync_soon))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            forgotten.clear()
+            gc.collect()
+        run_sync_soon.assert_called_once()
 
 
 def test_a_resource_that_outlives_the_run_is_no_trouble() -> None:
@@ -672,7 +673,7 @@ def test_a_resource_that_outlives_the_run_is_no_trouble() -> None:
     thread.join()
 
 
-async def test_shutdown_refuses_newcomers_and_serves_the_line() -> None:
+async def test_shutdown_refuses_new_checkouts_and_serves_the_waiters() -> None:
     """And returns when everything is closed. (Rule 10.)"""
     shop = Workshop()
     async with pool(shop, pool_size=1) as session:
@@ -701,17 +702,12 @@ async def test_shutdown_refuses_newcomers_and_serves_the_line() -> None:
         assert not shop.alive
 
 
-async def test_shutdown_replaces_a_worker_that_the_line_still_needs() -> None:
-    """A worker that dies while the pool drains is no reason not to serve the line. (Rule 10.)"""
+async def test_shutdown_replaces_a_worker_that_a_waiter_still_needs() -> None:
+    """A worker that dies while the pool drains is no reason not to serve the waiters. (Rule 10.)"""
     async with pool(pool_size=1) as session:
         resource = await session.block_checkout()
         async with trio.open_nursery() as nursery:
-
-            async def client() -> None:
-                async with session.worker():
-                    pass
-
-            nursery.start_soon(client)
+            nursery.start_soon(use, session)
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(session.safe_shutdown)
             await trio.testing.wait_all_tasks_blocked()
@@ -719,10 +715,10 @@ async def test_shutdown_replaces_a_worker_that_the_line_still_needs() -> None:
         assert session.statistics().started == 2
 
 
-async def test_shutdown_closes_what_is_out_when_its_time_is_up(
+async def test_shutdown_closes_what_clients_hold_when_its_time_is_up(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """And sends away those still in line, with PoolClosed. (Rule 10.)"""
+    """And the tasks that still wait get PoolClosed. (Rule 10.)"""
     shop = Workshop()
     async with pool(shop, pool_size=1) as session:
         resource = await session.block_checkout()
@@ -760,7 +756,7 @@ async def test_two_shutdowns_at_once(autojump_clock: trio.testing.MockClock) -> 
 
 
 async def test_a_cancelled_shutdown_goes_on_draining() -> None:
-    """The pool stays closed to newcomers, and closes when the last worker is back. (Rule 10.)"""
+    """The pool refuses new checkouts, and closes when the last worker is back. (Rule 10.)"""
     async with pool(pool_size=1) as session:
         resource = await session.block_checkout()
         with trio.move_on_after(0.01) as scope:
@@ -773,10 +769,10 @@ async def test_a_cancelled_shutdown_goes_on_draining() -> None:
 
 
 async def test_shutdown_gives_up_what_is_being_started() -> None:
-    """A worker that nobody waits for any more need not be opened first. (Rule 10.)"""
+    """A worker that no task waits for any more need not be opened first. (Rule 10.)"""
     shop = Workshop()
     async with pool(shop, pool_size=1) as session:
-        shop.before_open = lambda _: trio.sleep_forever()
+        shop.before_open = hang
         resource = await session.block_checkout()
         session.destroyed(resource)
         await trio.testing.wait_all_tasks_blocked()
@@ -787,19 +783,16 @@ async def test_shutdown_gives_up_what_is_being_started() -> None:
 
 
 @pytest.mark.parametrize("how", ["times out", "is cancelled"])
-async def test_shutdown_notices_that_the_last_in_line_has_given_up(
+async def test_shutdown_notices_that_the_last_waiter_has_given_up(
     how: str, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Where no worker can be started for it, nobody else would tell. (Rule 10.)"""
+    """Where no worker can be started for it, nothing else would wake the pool. (Rule 10.)"""
     shop = Workshop()
-
-    async def down(_: int) -> None:
-        raise OSError("connection refused")
 
     async with whitepool.open_pool(
         shop.make, pool_size=0, max_overflow=1, shutdown_timeout=math.inf
     ) as session:
-        shop.before_open = down
+        shop.before_open = raising(OSError("connection refused"))
         async with trio.open_nursery() as nursery:
 
             async def client() -> None:
@@ -820,19 +813,14 @@ async def test_repr_tells_how_the_pool_stands() -> None:
 
 
 async def test_the_longest_wait(autojump_clock: trio.testing.MockClock) -> None:
-    """The statistics tell since when the first in line waits, whatever its timeout."""
+    """The statistics tell since when the first task waits, whatever its timeout."""
     async with pool(pool_size=1) as session, trio.open_nursery() as nursery:
         assert session.statistics().longest_wait == 0
         held = await session.block_checkout()
         assert session.statistics().longest_wait == 0
-
-        async def client(timeout: float) -> None:
-            async with session.worker(timeout):
-                pass
-
-        nursery.start_soon(client, math.inf)
+        nursery.start_soon(use, session, math.inf)
         await trio.sleep(2)
-        nursery.start_soon(client, 10)
+        nursery.start_soon(use, session, 10)
         await trio.sleep(1)
         assert session.statistics().longest_wait == pytest.approx(3)
         session.checkin(held)

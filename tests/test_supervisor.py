@@ -1,4 +1,4 @@
-"""Workers are started within bounds, replaced when they die, and let go when they are too many."""
+"""Workers are started within bounds, replaced when they die, and retired when they are too many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising
 
 import whitepool
 
@@ -37,10 +37,10 @@ async def test_the_bounds_hold(autojump_clock: trio.testing.MockClock) -> None:
         async def client(number: int) -> None:
             for turn in range(10):
                 resource = await session.block_checkout(timeout=math.inf)
-                check_books(session.statistics())
+                check_books(session)
                 await trio.sleep(0.1 * ((number + turn) % 4))
                 (session.destroyed if (number + turn) % 3 == 0 else session.checkin)(resource)
-                check_books(session.statistics())
+                check_books(session)
 
         async with trio.open_nursery() as nursery:
             for number in range(20):
@@ -50,8 +50,8 @@ async def test_the_bounds_hold(autojump_clock: trio.testing.MockClock) -> None:
         assert session.statistics().idle == 3
 
 
-async def test_overflow_lingers_and_is_dismissed(autojump_clock: trio.testing.MockClock) -> None:
-    """An overflow worker that nobody wants leaves after `overflow_ttl`."""
+async def test_overflow_lingers_and_is_retired(autojump_clock: trio.testing.MockClock) -> None:
+    """An overflow worker that no client needs is retired after `overflow_ttl`."""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=2, overflow_ttl=10) as session:
         async with session.worker(), session.worker(), session.worker():
@@ -76,7 +76,7 @@ async def test_overflow_in_use_stays(autojump_clock: trio.testing.MockClock) -> 
 
 
 async def test_overflow_that_leaves_at_once(autojump_clock: trio.testing.MockClock) -> None:
-    """With `overflow_ttl=0` it is dismissed when it is returned, as in poolboy."""
+    """With `overflow_ttl=0` it is retired when it is returned, as in poolboy."""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1, overflow_ttl=0) as session:
         async with session.worker(), session.worker():
@@ -96,11 +96,11 @@ async def test_overflow_that_never_leaves(autojump_clock: trio.testing.MockClock
         assert session.statistics().idle == 1
 
 
-async def test_a_hanging_start_blocks_nobody(autojump_clock: trio.testing.MockClock) -> None:
+async def test_a_hanging_start_blocks_no_waiter(autojump_clock: trio.testing.MockClock) -> None:
     """A waiter is served by a returned worker while another is still being opened. (Rule 5.)"""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1) as session:
-        shop.before_open = lambda _: trio.sleep_forever()
+        shop.before_open = hang
         done: list[float] = []
         async with trio.open_nursery() as nursery:
             for _ in range(3):
@@ -157,7 +157,7 @@ async def test_a_server_that_is_down_is_not_hammered(autojump_clock: trio.testin
 
 
 async def test_a_worker_that_crashes_while_idle_is_replaced() -> None:
-    """It is off the shelf before anyone is given it. (Rule 6.)"""
+    """Before a client is given it. (Rule 6.)"""
     shop = Workshop()
     async with whitepool.open_pool(shop.with_nursery, pool_size=2, max_overflow=0) as session:
         first = shop.tools[0]
@@ -171,7 +171,7 @@ async def test_a_worker_that_crashes_while_idle_is_replaced() -> None:
 
 
 async def test_a_worker_that_crashes_while_it_is_out_is_replaced() -> None:
-    """At once; the client's checkin of the remains is in order. (Rule 6.)"""
+    """At once; its client may still return it. (Rule 6.)"""
     shop = Workshop()
     async with whitepool.open_pool(shop.with_nursery, pool_size=1, max_overflow=0) as session:
         resource = await session.block_checkout()
@@ -180,7 +180,7 @@ async def test_a_worker_that_crashes_while_it_is_out_is_replaced() -> None:
         now = session.statistics()
         assert (now.idle, now.in_use, now.lost) == (1, 0, 1)
         session.checkin(resource)
-        check_books(session.statistics())
+        check_books(session)
         assert session.statistics().lost == 1
 
 
@@ -196,10 +196,10 @@ async def test_a_crash_is_logged_with_its_reason(caplog: pytest.LogCaptureFixtur
 
 
 async def test_a_worker_with_a_nursery_lives_and_leaves_in_one_task() -> None:
-    """Its context manager is entered and left in the worker's host."""
+    """Its context manager is entered and left in the worker task."""
     tasks = []
 
-    class Nosy:
+    class Noting:
         async def __aenter__(self) -> int:
             tasks.append(trio.lowlevel.current_task())
             return 7
@@ -207,7 +207,7 @@ async def test_a_worker_with_a_nursery_lives_and_leaves_in_one_task() -> None:
         async def __aexit__(self, *_: object) -> None:
             tasks.append(trio.lowlevel.current_task())
 
-    async with whitepool.open_pool(Nosy, pool_size=1) as session, session.worker():
+    async with whitepool.open_pool(Noting, pool_size=1) as session, session.worker():
         tasks.append(trio.lowlevel.current_task())
     entered, client, left = tasks
     assert entered is left
@@ -224,12 +224,8 @@ async def test_a_worker_that_hangs_in_closing_is_abandoned(
         session.destroyed(await session.block_checkout())
         async with session.worker():
             assert trio.current_time() == pytest.approx(2)
-        shop.before_close = Workshop().before_close
+        shop.before_close = nothing
     assert any(record.message.startswith("close_failed") for record in caplog.records)
-
-
-async def hang(*_: object) -> None:
-    await trio.sleep_forever()
 
 
 async def test_closing_what_did_not_open_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
@@ -316,7 +312,7 @@ async def test_a_start_that_was_given_up_too_late_to_notice(
         session._supervisor.drain()
         await trio.sleep(0.5)
         await trio.testing.wait_all_tasks_blocked()
-        check_books(session.statistics())
+        check_books(session)
         assert session.statistics().started == 0
     assert not shop.alive
 
@@ -325,10 +321,7 @@ async def test_a_worker_that_fails_in_closing_is_logged(caplog: pytest.LogCaptur
     """It is gone all the same."""
     shop = Workshop()
 
-    async def fail(_: Tool) -> None:
-        raise OSError("already closed")
-
-    shop.before_close = fail
+    shop.before_close = raising(OSError("already closed"))
     async with whitepool.open_pool(shop.make, pool_size=1, name="mine"):
         pass
     (record,) = caplog.records
@@ -363,3 +356,25 @@ async def test_the_pool_is_off_the_path_of_a_clean_return() -> None:
         for _ in range(100):
             session.checkin(await session.block_checkout())
         assert Counter.steps <= 101
+
+
+async def test_a_worker_that_dies_while_it_waits_for_its_reset(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It is not handed to the next waiter. (Rule 6.)"""
+    manager = Manager(Workshop())
+    hooks = whitepool.Hooks(after_release=lambda: trio.sleep(0.3))
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0, hooks=hooks) as session:
+        session.checkin(await session.block_checkout())
+        resource = await session.block_checkout()  # the hook still runs in the worker's task
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def client() -> None:
+                async with session.worker() as tool:
+                    assert tool not in manager.dead
+
+            await trio.testing.wait_all_tasks_blocked()
+            session.checkin(resource)  # it is alive now, and its reset waits for the hook's end
+            await trio.sleep(0.1)
+            manager.dead.update(manager.shop.tools)

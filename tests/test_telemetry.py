@@ -26,7 +26,7 @@ from prometheus_client import start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 from trio.lowlevel import currently_ki_protected
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop
+from workshop import Manager, Tool, Workshop, use
 
 import whitepool
 import whitepool.postgres
@@ -108,17 +108,12 @@ def test_the_conventions() -> None:
 
 
 async def test_how_the_pool_stands(board: Board, session: Session) -> None:
-    """Connections by state, and who waits for one."""
+    """Connections by state, and how many tasks wait for one."""
     first = await session.block_checkout()
     assert (board.number("count", "idle"), board.number("count", "used")) == (1, 1)
     second = await session.block_checkout()
     async with trio.open_nursery() as nursery:
-
-        async def wait() -> None:
-            async with session.worker():
-                pass
-
-        nursery.start_soon(wait)
+        nursery.start_soon(use, session)
         await wait_all_tasks_blocked()
         assert (board.number("count", "idle"), board.number("count", "used")) == (0, 2)
         assert board.number("pending_requests") == 1
@@ -129,7 +124,7 @@ async def test_how_the_pool_stands(board: Board, session: Session) -> None:
 
 
 async def test_a_worker_that_is_being_reset_is_used(board: Board) -> None:
-    """It is open, and not to be had."""
+    """It is open, and no client can have it."""
     manager = Manager(Workshop())
     proceed = trio.Event()
     manager.before_reset = lambda _: proceed.wait()
@@ -151,7 +146,7 @@ async def test_a_worker_that_is_being_reset_is_used(board: Board) -> None:
     ],
 )
 async def test_the_bounds(board: Board, options: Any, idle_min: int, idle_max: int, most: int) -> None:
-    """What lies idle lies within idle.min and idle.max, once a pool has come to rest."""
+    """The number of idle workers is within idle.min and idle.max, once a pool has come to rest."""
     async with whitepool.open_pool(Workshop().make, name="mine", **options) as session:
         telemetry.instrument(session, meter_provider=board.provider)
         assert board.number("idle.min") == idle_min
@@ -197,8 +192,10 @@ async def test_every_kind_of_checkout(
     assert session.statistics().checkouts == 4
 
 
-async def test_who_got_no_worker(board: Board, session: Session, autojump_clock: MockClock) -> None:
-    """Whoever is sent away is a timeout, whoever is cancelled nothing; neither has a wait or a use."""
+async def test_checkouts_that_got_no_worker(
+    board: Board, session: Session, autojump_clock: MockClock
+) -> None:
+    """A task that is refused counts as a timeout, a cancelled one as nothing; neither is measured."""
     async with session.worker(), session.worker():
         with pytest.raises(whitepool.CheckoutTimeout):
             await session.block_checkout(timeout=1)
@@ -252,6 +249,20 @@ async def test_starts(board: Board, autojump_clock: MockClock) -> None:
             assert board.times("create_time") == (2, 3)
     bounds = board.points("create_time")[""].explicit_bounds
     assert bounds == telemetry.BOUNDARIES  # the SDK's own are milliseconds
+
+
+async def test_a_start_that_is_under_way(board: Board, autojump_clock: MockClock) -> None:
+    """It is measured once, when it is over."""
+    shop = Workshop()
+    shop.before_open = lambda attempt: trio.sleep(attempt)
+    async with whitepool.open_pool(shop.make, name="mine", pool_size=1, max_overflow=1) as session:
+        async with session.worker(), trio.open_nursery() as nursery:
+            nursery.start_soon(use, session)
+            await trio.sleep(1)
+            assert session.statistics().starting == 1
+            telemetry.instrument(session, meter_provider=board.provider)
+            assert board.times("create_time") == (1, 1)
+        assert board.times("create_time") == (2, 3)
 
 
 async def test_two_pools(board: Board) -> None:
@@ -324,7 +335,7 @@ async def test_a_closed_pool_says_nothing(board: Board) -> None:
     async with whitepool.open_pool(Workshop().make, name="mine") as session:
         telemetry.instrument(session, meter_provider=board.provider)
         supervisor = weakref.ref(session._supervisor)
-        assert board.number("max") == 15  # also where nobody keeps the measuring session
+        assert board.number("max") == 15  # also where the measuring session is not kept
     assert board.number("max") is None
     del session
     await trio.lowlevel.checkpoint()
@@ -333,7 +344,7 @@ async def test_a_closed_pool_says_nothing(board: Board) -> None:
     assert board.number("max") is None
 
 
-def test_a_meter_provider_is_let_go() -> None:
+def test_a_meter_provider_is_not_kept_alive() -> None:
     """An application (or its tests) may have many, one after the other."""
     board = Board()
     telemetry._panel(board.provider)
@@ -460,7 +471,7 @@ trio.run(main)
 def test_the_global_provider() -> None:
     """Without a meter provider it is the application's, which may be set before or after."""
     output = run(GLOBAL_PROVIDER).splitlines()
-    # Nobody was there to hear of the start of the first.
+    # The start of the first came before there was a meter provider.
     missing = ["db.client.connection.create_time after explicit"]
     assert [line for line in output if not line.endswith(" after before explicit")] == missing
     assert len(output) == 9

@@ -12,7 +12,7 @@ FILES = Path(__file__).parent / "typing"
 
 MYPY = ["mypy", "--strict", "--warn-unreachable", "--config-file=", "--cache-dir={cache}", "."]
 PYRIGHT = ["pyright", "--outputjson", "--pythonpath", sys.executable, "--project", "."]
-"""Strict as well, by the configuration that lies beside the files. As JSON it asks nobody for news."""
+"""Strict as well, by the configuration that lies beside the files. As JSON it looks for no news."""
 
 
 @pytest.mark.parametrize("checker", [MYPY, PYRIGHT], ids=["mypy", "pyright"])

@@ -1,9 +1,10 @@
-"""Factories and workers that a test can look into, and can make fail."""
+"""Factories and workers that a test can look into, and make fail; and their books."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any, final
 
 import trio
 
@@ -11,7 +12,7 @@ import whitepool
 
 
 class Tool:
-    """A worker that does nothing but to know what happened to it."""
+    """A worker that does nothing but note what happens to it."""
 
     def __init__(self, shop: Workshop, number: int) -> None:
         self.shop = shop
@@ -28,8 +29,22 @@ class Tool:
         return f"<Tool {self.number}>"
 
 
-async def _nothing(*_: object) -> None:
-    pass
+async def nothing(*_: object) -> None:
+    """Do nothing, which is what happens before each step unless a test assigns something else."""
+
+
+async def hang(*_: object) -> None:
+    """Never return."""
+    await trio.sleep_forever()
+
+
+def raising(error: BaseException) -> Callable[..., Awaitable[None]]:
+    """Make an async function that raises the error, whatever it is called with."""
+
+    async def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 class Workshop:
@@ -41,9 +56,9 @@ class Workshop:
         self.opening = 0
         self.most_opening = 0
         self.most_alive = 0
-        self.before_open: Callable[[int], Awaitable[None]] = _nothing
+        self.before_open: Callable[[int], Awaitable[None]] = nothing
         """Called with the number of the attempt; may sleep, and may raise."""
-        self.before_close: Callable[[Tool], Awaitable[None]] = _nothing
+        self.before_close: Callable[[Tool], Awaitable[None]] = nothing
 
     @property
     def alive(self) -> list[Tool]:
@@ -89,7 +104,7 @@ class Manager(whitepool.WorkerManager[Tool]):
         self.shop = shop
         self.dead: set[Tool] = set()
         self.dirty: set[Tool] = set()
-        self.before_reset: Callable[[Tool], Awaitable[None]] = _nothing
+        self.before_reset: Callable[[Tool], Awaitable[None]] = nothing
         self.resets = 0
 
     async def create(self) -> Tool:
@@ -107,11 +122,68 @@ class Manager(whitepool.WorkerManager[Tool]):
         self.dirty.discard(worker)
 
 
-def check_books(statistics: whitepool.PoolStatistics) -> None:
-    """The statistics add up."""
-    now = statistics
+async def use(session: whitepool.Session[Any], timeout: float = 5.0) -> None:
+    """Be a client: check a worker out, waiting where need be, and return it at once."""
+    async with session.worker(timeout):
+        pass
+
+
+def check_books(pool: whitepool.Session[Any] | whitepool.PoolStatistics) -> None:
+    """Raise AssertionError unless a pool's books add up: its statistics, and its roster.
+
+    Statistics that were taken earlier will do, but then only they are checked.
+    """
+    if isinstance(pool, whitepool.PoolStatistics):
+        now = pool
+    else:
+        pool._supervisor.roster.check()
+        now = pool.statistics()
     alive = now.idle + now.in_use + now.resetting
     assert now.started == alive + now.retired + now.lost + now.destroyed + now.leaked, now
     assert alive + now.starting <= now.pool_size + now.max_overflow, now
     assert min(now.idle, now.in_use, now.starting, now.resetting, now.waiting, now.overflow) >= 0, now
     assert not (now.idle and now.waiting), now
+
+
+@final
+class BookChecker(trio.abc.Instrument):
+    """Checks the books of pools after each step of each task, for the length of a ``with`` block.
+
+    Trio only logs what an instrument raises, so the first error is kept, and raised at the block's end.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sessions: list[whitepool.Session[Any]] = []
+        self._error: AssertionError | None = None
+
+    def watch(self, session: whitepool.Session[Any]) -> None:
+        """Check the books of this pool, too, from now on."""
+        self._sessions.append(session)
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.steps += 1
+        try:
+            for session in self._sessions:
+                check_books(session)
+        except AssertionError as error:
+            self._error = self._error or error
+
+    def __enter__(self) -> BookChecker:
+        trio.lowlevel.add_instrument(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        trio.lowlevel.remove_instrument(self)
+        if self._error is not None:
+            raise self._error
+
+
+@asynccontextmanager
+async def open_checked_pool(factory: Any, **options: Any) -> AsyncIterator[whitepool.Session[Tool]]:
+    """Open a pool of tools whose books are checked at each step, its closing included."""
+    with BookChecker() as books:
+        async with whitepool.open_pool(factory, **options) as session:
+            books.watch(session)
+            yield session
+        assert books.steps

@@ -155,8 +155,8 @@ class Supervisor(Generic[T]):
         self.wake()
 
     def evict_if_dead(self, entry: Entry[T]) -> bool:
-        """Revalidate a worker that was idle until now, without I/O: evict it if it has died, and say
-        so. It is IN_USE already, but no client has it yet.
+        """Revalidate a worker that is about to be used again, without I/O: evict it if it has died, and
+        say so. No client may have it.
 
         The watch for hang-ups is a task, which may not have had its turn since the peer hung up.
         """
@@ -349,7 +349,10 @@ class Supervisor(Generic[T]):
             self._is_woken = False
         # It may have been evicted since it was sent.
         elif entry.state is State.SERVICING:
-            if entry.evict_reason is None or not self._evict_if_due(entry):
+            has_left = entry.evict_reason is not None and self._evict_if_due(entry)
+            # One that has been used may have died while it was reset, or while it waited for that.
+            was_used = entry.in_use_since > -math.inf
+            if not has_left and not (was_used and self.evict_if_dead(entry)):
                 self.admit(entry, self.now())
             entry.probing = False
 

@@ -224,7 +224,7 @@ async def test_clients_survive_a_failover(doomed: Pair) -> None:
             await ledger.until_all_wrote(promoted, within=5)
             recovery = trio.current_time() - promoted
             print(f"\nall {CLIENTS} write again {recovery * 1000:.0f} ms after the promotion")
-            check_books(pool.statistics())
+            check_books(pool)
             await until(lambda: pool.statistics().starting == 0)
             async with pool.worker() as connection:
                 assert await port_of(connection) == doomed.standby.port
@@ -257,7 +257,7 @@ async def test_a_dead_primary_is_not_handed_out(pair: Pair) -> None:
             for _ in range(5):
                 async with pool.worker() as connection:
                     assert await port_of(connection) == pair.primary.port
-            check_books(pool.statistics())
+            check_books(pool)
 
 
 async def test_readers_survive_the_loss_of_the_standby(pair: Pair) -> None:

@@ -164,7 +164,7 @@ async def test_more_workers_than_server_connections(bouncer: PgBouncer, onlooker
             async with trio.open_nursery() as nursery:
                 for number in range(30):
                     nursery.start_soon(client, number, pool)
-            check_books(pool.statistics())
+            check_books(pool)
             assert 0 < server_connections(onlooker) <= SERVER_CONNECTIONS
     assert visits(onlooker) == 150
 
@@ -255,7 +255,7 @@ async def test_a_query_that_waits_for_a_server_connection_is_cancelled(
             async with trio.open_nursery() as nursery:
                 for number in range(10):
                     nursery.start_soon(visit, pool, number)
-            check_books(pool.statistics())
+            check_books(pool)
     assert visits(onlooker) == 10
 
 
@@ -298,7 +298,7 @@ async def test_a_restart_heals(bouncer: PgBouncer, onlooker: Onlooker) -> None:
                 stopping = True
             assert failures > 0
             await until(lambda: pool.statistics().idle >= 6)
-            check_books(pool.statistics())
+            check_books(pool)
 
 
 async def test_an_unknown_database_is_final(bouncer: PgBouncer) -> None:

@@ -294,7 +294,7 @@ async def test_a_transaction_block_that_was_not_left_costs_the_connection(
             assert another is not connection
             await check_usable(another)
         await block.__aexit__(None, None, None)  # it has been closed: there is nothing to commit
-        check_books(session.statistics())
+        check_books(session)
 
 
 # -- Returning a connection that is of no more use ------------------------------------------------
@@ -382,7 +382,7 @@ async def test_a_cancelled_pipeline_does_not_reach_the_next_client(pool_of_one: 
                 with trio.fail_after(3):
                     cursor = await connection.execute("SELECT 1")
                     assert await cursor.fetchall() == [(1,)]
-        check_books(session.statistics())
+        check_books(session)
 
 
 async def test_a_cancelled_query_costs_no_connection(pool_of_one: OpenPool) -> None:
@@ -448,4 +448,4 @@ async def test_a_shutdown_with_a_query_under_way(dsn: str, onlooker: Onlooker) -
         assert errors == [psycopg.OperationalError]
         onlooker.ask("SELECT pg_terminate_backend(%s)", pids[0])  # it would sleep on
         await until(lambda: onlooker.backends(APPLICATION) == 0)
-    check_books(session.statistics())
+    check_books(session)

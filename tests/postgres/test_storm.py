@@ -76,7 +76,7 @@ async def test_a_storm_of_cancellations(dsn: str) -> None:
             async with trio.open_nursery() as nursery:
                 for _ in range(TASKS):
                     nursery.start_soon(storm.client)
-            check_books(session.statistics())
+            check_books(session)
         with trio.fail_after(5):
             while session.statistics().idle < WORKERS:
                 await trio.sleep(0.01)

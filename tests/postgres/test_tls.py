@@ -108,7 +108,7 @@ async def check_connects(conninfo: str, *, secure: bool) -> None:
                 await worker.execute("SELECT 1")  # the transaction is rolled back by the pool
             async with pool.worker() as worker:
                 await check_usable(worker)
-        check_books(pool.statistics())
+        check_books(pool)
 
 
 async def check_refused(conninfo: str, what: str) -> None:
@@ -282,7 +282,7 @@ async def test_a_peer_that_hangs_up_is_noticed(proxy: TLSProxy, reset: bool) -> 
                 async with pool.worker() as connection:
                     assert connection.pgconn.ssl_in_use
                     await check_usable(connection)
-            check_books(pool.statistics())
+            check_books(pool)
 
 
 async def test_a_server_that_says_goodbye_is_noticed(proxy: TLSProxy, onlooker: Onlooker) -> None:
@@ -392,6 +392,6 @@ async def test_many_clients_through_tls(proxy: TLSProxy) -> None:
             async with trio.open_nursery() as nursery:
                 for number in range(20):
                     nursery.start_soon(client, number, pool)
-            check_books(pool.statistics())
+            check_books(pool)
     assert sorted(answers) == sorted(list(range(20)) * 5)
     assert proxy.plain == 0

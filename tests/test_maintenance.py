@@ -1,4 +1,4 @@
-"""Idle workers are probed; old, bored and superfluous ones are retired, and never all at once."""
+"""Idle workers are probed; old, unused and surplus ones are retired, and never all at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising
 
 import whitepool
 
@@ -101,7 +101,7 @@ async def test_probes_never_take_the_last_idle_workers(autojump_clock: Clock) ->
             async with session.worker() as tool:
                 assert trio.current_time() == before
                 assert tool not in [worker for time, worker in manager.probes if time + 3 > before]
-            check_books(session.statistics())
+            check_books(session)
         assert len(manager.probes) > 12
         assert manager.most_probing == 3
 
@@ -139,7 +139,7 @@ async def test_a_probe_does_not_make_a_worker_look_used(autojump_clock: Clock) -
         assert warm.closed
 
 
-async def test_a_pool_without_checks_is_left_in_peace(autojump_clock: Clock) -> None:
+async def test_a_pool_without_checks_probes_no_worker(autojump_clock: Clock) -> None:
     """A manager that can't check is not asked, and `inf` turns probing off."""
     manager = Checked(Workshop())
     async with whitepool.open_pool(manager, pool_size=1, check_interval=math.inf):
@@ -150,7 +150,7 @@ async def test_a_pool_without_checks_is_left_in_peace(autojump_clock: Clock) -> 
         assert session.statistics().idle == 1
 
 
-async def test_a_lazy_pool_empties_when_nobody_comes(autojump_clock: Clock) -> None:
+async def test_a_lazy_pool_that_is_not_used_empties(autojump_clock: Clock) -> None:
     """Workers that were idle for `idle_timeout` are retired, and not replaced."""
     shop = Workshop()
     async with whitepool.open_pool(
@@ -166,7 +166,7 @@ async def test_a_lazy_pool_empties_when_nobody_comes(autojump_clock: Clock) -> N
 
 
 async def test_an_idle_worker_is_replaced_unless_lazy(autojump_clock: Clock) -> None:
-    """The pool stays whole at every moment: the new one comes before the old one goes."""
+    """The pool has its size at every moment: the new one comes before the old one goes."""
     shop = Workshop()
 
     async def slowly(_: Any) -> None:
@@ -199,7 +199,7 @@ async def test_lifetimes_end_one_by_one(autojump_clock: Clock) -> None:
             await trio.sleep(1)
             now = session.statistics()
             assert now.idle >= 20
-            check_books(now)
+            check_books(session)
         assert 20 <= session.statistics().retired <= 22
         assert max(opened) - min(opened) > 40  # spread over up to a hundred seconds
         assert shop.most_opening <= 4
@@ -235,7 +235,7 @@ async def test_a_worker_in_use_outlives_its_lifetime(max_overflow: int, autojump
 
 
 async def test_an_old_worker_under_load_is_retired_too(autojump_clock: Clock) -> None:
-    """It need not wait until nobody wants it any more."""
+    """It need not wait until it is idle for a while."""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=2, max_overflow=0, max_lifetime=10) as session:
 
@@ -258,32 +258,24 @@ async def test_an_old_worker_stays_while_the_server_takes_no_new_ones(
     """Better an old connection than none."""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=2, max_overflow=1, max_lifetime=10) as session:
-
-        async def down(_: int) -> None:
-            raise OSError("too many connections")
-
-        shop.before_open = down
+        shop.before_open = raising(OSError("too many connections"))
         await trio.sleep(60)
         assert session.statistics().idle == 2
         async with session.worker():
             pass
         assert session.statistics().retired == 0
-        shop.before_open = Workshop().before_open
+        shop.before_open = nothing
         await trio.sleep(2)
         assert session.statistics().retired == 2
 
 
-async def test_a_dead_server_has_little_to_say(
+async def test_a_server_that_is_down_is_logged_sparingly(
     autojump_clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line when it is first noticed, one a second at the most, and one when it is back. (Rule 12.)"""
+    """An event when it is noticed, one a second at the most, and one when it is back. (Rule 12.)"""
     shop = Workshop()
     async with whitepool.open_pool(shop.with_nursery, pool_size=5, name="mine") as session:
-
-        async def down(_: int) -> None:
-            raise OSError("connection refused")
-
-        shop.before_open = down
+        shop.before_open = raising(OSError("connection refused"))
         for tool in list(shop.tools):
             tool.crash.set()
         await trio.sleep(60)
@@ -292,15 +284,15 @@ async def test_a_dead_server_has_little_to_say(
         assert messages[1].startswith("start_failed pool=mine error=connection refused suppressed=")
         assert len(messages) <= 61
         caplog.clear()
-        shop.before_open = Workshop().before_open
+        shop.before_open = nothing
         await trio.sleep(1)
         assert session.statistics().idle == 5
         (message,) = [record.message for record in caplog.records if "recovered" in record.message]
         assert message.startswith("start_recovered pool=mine failures=")
 
 
-async def test_a_worker_that_died_on_the_shelf_is_not_handed_out() -> None:
-    """One that has lain idle for a while is asked once more. (Rule 6.)"""
+async def test_a_worker_that_died_while_idle_is_not_handed_out() -> None:
+    """One that has been idle for a while is revalidated first. (Rule 6.)"""
     shop = Workshop()
     manager = Manager(shop)
     async with whitepool.open_pool(manager, pool_size=2) as session:
@@ -311,8 +303,8 @@ async def test_a_worker_that_died_on_the_shelf_is_not_handed_out() -> None:
         assert session.statistics().lost == 2
 
 
-async def test_a_manager_that_raises_on_the_shelf_costs_the_worker_only() -> None:
-    """Who checks out gets another, and not the error."""
+async def test_a_manager_that_raises_at_the_checkout_costs_the_worker_only() -> None:
+    """The client gets another, and not the error."""
     shop = Workshop()
 
     class Broken(Manager):
@@ -325,14 +317,11 @@ async def test_a_manager_that_raises_on_the_shelf_costs_the_worker_only() -> Non
         await trio.sleep(0.002)
         async with session.worker() as tool:
             assert tool.number == 2
-        check_books(session.statistics())
+        check_books(session)
 
 
 async def test_a_hanging_hook_does_not_hold_up_the_shutdown(autojump_clock: Clock) -> None:
-    """A worker that has to leave does so at once, whatever its host is at."""
-
-    async def hang() -> None:
-        await trio.sleep_forever()
+    """A worker that has to leave does so at once, whatever its task is doing."""
 
     hooks = whitepool.Hooks(after_release=hang)
     async with whitepool.open_pool(Workshop().make, pool_size=1, hooks=hooks) as session:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -17,13 +18,15 @@ from workshop import check_books
 import whitepool
 from whitepool._hangup import HangupWatch
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can tell")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="hang-ups are watched for on Linux only"
+)
 
 Pair = tuple[socket.socket, socket.socket]
 """Our end of a connection, and the peer's."""
 
 PATIENCE = 0.1
-"""Seconds in which nothing may happen. The kernel would tell at once."""
+"""Seconds in which nothing may happen. The kernel would report a hang-up at once."""
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -62,22 +65,22 @@ def connect_at(number: int) -> Pair:
 
 
 async def news(watch: HangupWatch[str]) -> list[str]:
-    """Wait until there is something to tell, and return it."""
+    """Wait until a peer may have hung up, and return the workers."""
     with trio.fail_after(5):
         await watch.wait()
     return watch.hung_up()
 
 
 async def is_quiet(watch: HangupWatch[Any]) -> bool:
-    """Say whether nobody is woken."""
+    """Say whether no task is woken."""
     with trio.move_on_after(PATIENCE):
         await watch.wait()
         return False
     return True
 
 
-async def test_traffic_wakes_nobody(pair: Pair, watch: HangupWatch[str]) -> None:
-    """Data that arrives, is read, or is left unread is none of the watch's business."""
+async def test_traffic_wakes_no_task(pair: Pair, watch: HangupWatch[str]) -> None:
+    """Nor does data that is read, or left unread."""
     ours, theirs = pair
     watch.add(ours.fileno(), "worker")
     theirs.sendall(b"x" * 10_000)
@@ -89,8 +92,8 @@ async def test_traffic_wakes_nobody(pair: Pair, watch: HangupWatch[str]) -> None
     assert watch
 
 
-async def test_a_hang_up_is_told_once(pair: Pair, watch: HangupWatch[str]) -> None:
-    """A peer that closes wakes the watch, which tells of it and then forgets the worker."""
+async def test_a_hang_up_is_found_once(pair: Pair, watch: HangupWatch[str]) -> None:
+    """A peer that closes wakes the watch, which returns the worker and then forgets it."""
     ours, theirs = pair
     watch.add(ours.fileno(), "worker")
     theirs.close()
@@ -136,7 +139,7 @@ async def test_a_hang_up_before_the_watch_began(pair: Pair, watch: HangupWatch[s
     assert await news(watch) == ["worker"]
 
 
-async def test_all_who_hung_up_are_told_at_once(watch: HangupWatch[str]) -> None:
+async def test_all_that_hung_up_are_found_at_once(watch: HangupWatch[str]) -> None:
     """One look finds every worker whose peer is gone, and no other."""
     pairs = [connect() for _ in range(50)]
     for number, (ours, _) in enumerate(pairs):
@@ -150,8 +153,8 @@ async def test_all_who_hung_up_are_told_at_once(watch: HangupWatch[str]) -> None
         theirs.close()
 
 
-async def test_a_removed_worker_is_not_told(pair: Pair, watch: HangupWatch[str]) -> None:
-    """What is watched no more is silent."""
+async def test_a_removed_worker_is_not_found(pair: Pair, watch: HangupWatch[str]) -> None:
+    """What is watched no more wakes no task."""
     ours, theirs = pair
     watch.add(ours.fileno(), "worker")
     watch.remove(ours.fileno(), "worker")
@@ -162,7 +165,7 @@ async def test_a_removed_worker_is_not_told(pair: Pair, watch: HangupWatch[str])
 
 
 async def test_removing_what_is_not_watched(pair: Pair, watch: HangupWatch[str]) -> None:
-    """It does nothing, least of all to others."""
+    """It does nothing, and nothing to other workers."""
     ours, theirs = pair
     watch.add(ours.fileno(), "worker")
     for fileno in (None, -1, 10_000, theirs.fileno(), ours.fileno()):
@@ -173,7 +176,7 @@ async def test_removing_what_is_not_watched(pair: Pair, watch: HangupWatch[str])
 
 
 async def test_a_descriptor_that_its_owner_closed(watch: HangupWatch[str]) -> None:
-    """A client may close the worker: that tells nobody, and it can still be removed."""
+    """A client may close the worker: that wakes no task, and it can still be removed."""
     ours, theirs = connect()
     fileno = ours.fileno()
     watch.add(fileno, "worker")
@@ -242,7 +245,7 @@ async def test_a_copy_and_a_number_that_is_used_again(watch: HangupWatch[str]) -
 
 
 async def test_what_can_not_be_watched(watch: HangupWatch[str]) -> None:
-    """A worker without a descriptor, or with one that has no peer, is left in peace."""
+    """A worker without a descriptor, or with one that has no peer, is not watched."""
     with tempfile.TemporaryFile() as file:
         watch.add(file.fileno(), "worker on a file")
         closed = os.dup(file.fileno())
@@ -269,11 +272,25 @@ async def test_a_closed_watch_is_empty(pair: Pair) -> None:
     assert ours.recv(100) == b"still open"
 
 
+async def test_other_systems(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is watched there, and the watch may be used all the same."""
+    monkeypatch.setattr("whitepool._hangup.sys", Mock(platform="darwin"))
+    watch: HangupWatch[str] = HangupWatch()
+    ours, theirs = pair
+    watch.add(ours.fileno(), "worker")
+    assert not watch.watched
+    theirs.close()
+    assert await is_quiet(watch)
+    assert watch.hung_up() == []
+    watch.remove(ours.fileno(), "worker")
+    watch.close()
+
+
 # -- The watch in the pool: any worker with a descriptor will do. --------------------------------------
 
 
 class Exchange:
-    """A server, for streams that do nothing but to be connected."""
+    """A server for streams that are only connected."""
 
     def __init__(self) -> None:
         self.peers: list[trio.SocketStream] = []
@@ -320,11 +337,11 @@ async def test_a_stream_whose_peer_closes_is_replaced(nursery: trio.Nursery) -> 
         await until_started(session, 3)
         now = session.statistics()
         assert (now.lost, now.idle) == (1, 2)
-        check_books(now)
+        check_books(session)
 
 
 async def test_a_stream_that_is_closed_by_its_client_is_lost_once(nursery: trio.Nursery) -> None:
-    """A client that breaks its worker, and says so, meets no second opinion of the watch."""
+    """Where a client breaks its worker, and says so, the watch does not count it again."""
     exchange = Exchange()
     await nursery.start(exchange.run)
     async with whitepool.open_pool(exchange.dial, pool_size=1, max_overflow=0) as session:
@@ -335,11 +352,11 @@ async def test_a_stream_that_is_closed_by_its_client_is_lost_once(nursery: trio.
             await until_started(session, turn + 2)
         now = session.statistics()
         assert (now.destroyed, now.lost, now.idle) == (10, 0, 1)
-        check_books(now)
+        check_books(session)
 
 
 async def test_a_peer_that_accepts_and_hangs_up(nursery: trio.Nursery) -> None:
-    """A peer behind a balancer without a backend is not stormed: starting again takes pauses."""
+    """A balancer without a backend does that: there are pauses between the starts."""
     exchange = Exchange()
     await nursery.start(exchange.run)
     async with whitepool.open_pool(exchange.dial, pool_size=2) as session:
@@ -348,6 +365,6 @@ async def test_a_peer_that_accepts_and_hangs_up(nursery: trio.Nursery) -> None:
             await peer.aclose()
         await trio.sleep(1)
         now = session.statistics()
-        check_books(now)
+        check_books(session)
         print(f"\nstarted within a second, for nothing: {now.started - 2}")
         assert now.started < 50
