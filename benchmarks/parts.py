@@ -18,7 +18,7 @@ from rich.table import Table
 from trio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 
 import whitepool.postgres
-from whitepool._options import check_seconds
+from whitepool._checks import check_seconds
 from whitepool.postgres import TrioConnection, connect
 
 from .queues import handover_parts

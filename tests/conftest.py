@@ -22,12 +22,6 @@ def server() -> Iterator[EmbeddedPostgres]:
 
 
 @pytest.fixture
-def every_checkout_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that have to be repeatable must not depend on how fast they are."""
-    monkeypatch.setattr("whitepool._session.BUSY_TIME", -1)
-
-
-@pytest.fixture
 def no_hanging() -> Iterator[None]:
     """A pool that hangs fails its test, instead of keeping the others from running."""
     with alarm():

@@ -25,7 +25,7 @@ Moment = Literal["asleep", "waking", "meanwhile"]
 
 pytestmark = [
     pytest.mark.parametrize("moment", ["asleep", "waking", "meanwhile"]),
-    pytest.mark.usefixtures("every_checkout_gives_way", "no_hanging"),
+    pytest.mark.usefixtures("no_hanging"),
 ]
 
 

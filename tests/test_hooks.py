@@ -224,7 +224,10 @@ async def test_failures_that_change_nothing_are_logged(caplog: pytest.LogCapture
         await trio.testing.wait_all_tasks_blocked()
         assert session.statistics().idle == 1
         check_books(session)
-    assert caplog.records[0].message == "hook_failed pool=mine hook=after_release error=too late"
+    assert (
+        caplog.records[0].message
+        == "hook_failed pool=mine hook=after_release error=ValueError: too late"
+    )
 
 
 async def test_a_hanging_on_destroy_is_abandoned(autojump_clock: trio.testing.MockClock) -> None:

@@ -280,8 +280,11 @@ async def test_a_server_that_is_down_is_logged_sparingly(
             tool.crash.set()
         await trio.sleep(60)
         messages = [record.message for record in caplog.records]
-        assert messages[0].startswith("worker_lost pool=mine reason=crashed error=the background")
-        assert messages[1].startswith("start_failed pool=mine error=connection refused suppressed=")
+        assert messages[0].startswith(
+            "worker_lost pool=mine reason=crashed error=RuntimeError: the background"
+        )
+        assert messages[1].startswith("start_failed pool=mine error=OSError: connection refused")
+        assert "suppressed=" in messages[1]
         assert len(messages) <= 61
         caplog.clear()
         shop.before_open = nothing

@@ -18,10 +18,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
-import pytest
 import trio
 import trio.testing
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, assume, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from outcome import Outcome, Value, capture
 from timing import Hangs, alarm
@@ -234,6 +233,8 @@ class PoolMachine(RuleBasedStateMachine):
         opens=st.sampled_from(["ok", "ok", "slow", "flaky", "failing"]),
     )
     def open(self, seed: object, with_hooks: bool, opens: str, **options: Any) -> None:
+        assume(options["pool_size"] or options["max_overflow"])
+
         async def open_it() -> whitepool.Session[Tool]:
             session: whitepool.Session[Tool] = await self.trio.nursery.start(pool.run_service)
             return session
@@ -374,11 +375,11 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(which=any_of, broken=st.booleans())
     def return_again(self, which: int, broken: bool) -> None:
         async def return_again() -> None:
-            before = self.session.statistics()
+            before = self.session._supervisor.statistics()
             try:
                 give_back(self.returned[which % len(self.returned)])
             except whitepool.NotCheckedOut:
-                assert self.session.statistics() == before
+                assert self.session._supervisor.statistics() == before
             else:
                 raise AssertionError("it was accepted")
 
@@ -461,7 +462,7 @@ class PoolMachine(RuleBasedStateMachine):
             await self.trio.let_pass(60)
 
         self.trio.run(come_to_rest)
-        now = self.session.statistics()
+        now = self.session._supervisor.statistics()
         assert not self.waiting
         if self.draining:
             assert now.state == "closed"
@@ -498,7 +499,7 @@ class PoolMachine(RuleBasedStateMachine):
                 assert not self.shop.alive
                 assert not self.shop.opening
                 assert not self.waiting
-                now = self.session.statistics()
+                now = self.session._supervisor.statistics()
                 check_books(self.session)
                 assert now.state == "closed"
                 for resource in self.leases:
@@ -531,7 +532,7 @@ class PoolMachine(RuleBasedStateMachine):
         return [tool for tool in tools if tool not in self.manager.crashed]
 
     def _the_books_add_up(self) -> None:
-        now = self.session.statistics()
+        now = self.session._supervisor.statistics()
         check_books(self.session)
         assert now.in_use == len(self._tools_in_use([resource.get() for resource in self.leases]))
         assert now.waiting == len(self.waiting)
@@ -556,7 +557,7 @@ class PoolMachine(RuleBasedStateMachine):
         now = self.trio.clock.current_time()
         for client in self.waiting:
             assert now < client.deadline, f"{client} was forgotten"
-        lost = self.session.statistics().lost
+        lost = self.session._supervisor.statistics().lost
         if lost > self.lost:
             self.lost, self.last_death = lost, now
         # What is missing is being started, unless starts have just failed. Where more workers have
@@ -573,7 +574,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.shop.opening
 
     def _a_drained_pool_closes(self) -> None:
-        now = self.session.statistics()
+        now = self.session._supervisor.statistics()
         if self.draining and not now.waiting and not now.in_use:
             assert not self.shop.opening, "no task waits for that any more"
             if not self.shop.alive:
@@ -584,7 +585,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert not now.waiting
 
 
-TestPool = pytest.mark.usefixtures("every_checkout_gives_way")(PoolMachine.TestCase)
+TestPool = PoolMachine.TestCase
 TestPool.settings = settings(
     max_examples=60,
     stateful_step_count=40,

@@ -11,7 +11,8 @@ from workshop import Workshop
 
 import whitepool
 from whitepool import Hooks
-from whitepool._options import Options, check_count, check_seconds
+from whitepool._checks import check_count, check_seconds
+from whitepool._options import Options
 
 DEFAULTS: dict[str, Any] = {
     "pool_size": 5,

@@ -75,16 +75,6 @@ async def test_a_pool_of_nothing_but_overflow() -> None:
         assert not shop.alive
 
 
-async def test_a_pool_of_no_workers_at_all() -> None:
-    """It is allowed, and always full."""
-    async with whitepool.open_pool(Workshop().make, pool_size=0, max_overflow=0) as session:
-        assert session.statistics().state == "full"
-        with pytest.raises(whitepool.PoolFull):
-            await session.nonblock_checkout()
-        with pytest.raises(whitepool.CheckoutTimeout):
-            await session.block_checkout(timeout=0)
-
-
 async def test_failures_at_opening_are_retried(autojump_clock: trio.testing.MockClock) -> None:
     """A server that comes up a little later than the service is no reason to give up. (Rule 5.)"""
     shop = Workshop()

@@ -391,12 +391,8 @@ async def test_a_checkout_in_a_cancelled_scope_takes_nothing() -> None:
         assert session.statistics().checkouts == 0
 
 
-async def test_every_checkout_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_checkout_is_a_checkpoint() -> None:
     """Also one that fails; but those that find an idle worker let others run only now and then."""
-    time = 0.0
-    for room in ("_session", "_scheduling"):
-        monkeypatch.setattr(f"whitepool.{room}.perf_counter", lambda: time)
-
     async with pool(pool_size=1) as session:
         with trio.testing.assert_checkpoints():
             resource = await session.block_checkout()
@@ -404,11 +400,21 @@ async def test_every_checkout_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -
             await session.nonblock_checkout()
         session.checkin(resource)
         for checkout in (session.nonblock_checkout, session.block_checkout):
+            session._time_slice.ends = math.inf
             with pytest.raises(AssertionError), trio.testing.assert_checkpoints():
                 session.checkin(await checkout())
-            time += 0.0011
+            session._time_slice.ends = 0
             with trio.testing.assert_checkpoints():
                 session.checkin(await checkout())
+            assert trio.current_time() < session._time_slice.ends < trio.current_time() + 0.0011
+
+
+async def test_by_a_clock_that_stands_still(mock_clock: trio.testing.MockClock) -> None:
+    """Every checkout lets others run: a slice of time would never end."""
+    async with pool(pool_size=1) as session:
+        for _ in range(3):
+            with trio.testing.assert_checkpoints():
+                session.checkin(await session.block_checkout())
 
 
 async def test_no_task_keeps_the_loop_to_itself() -> None:

@@ -97,7 +97,7 @@ async def test_why_a_probe_failed_is_logged(
     """With the death of the worker, once."""
     async with whitepool.open_pool(Silent(), pool_size=1, check_interval=10):
         await trio.sleep(10.5)
-    assert events(caplog) == [("worker_lost", "check_failed", "no answer")]
+    assert events(caplog) == [("worker_lost", "check_failed", "OSError: no answer")]
 
 
 class CrashesAndHangs(whitepool.WorkerManager[Tool]):
@@ -131,7 +131,7 @@ async def test_a_close_that_hangs_does_not_hide_the_crash(
     async with whitepool.open_pool(manager, pool_size=1, close_timeout=1):
         manager.shop.tools[0].crash.set()
         await trio.sleep(5)
-        assert ("worker_lost", "crashed", "the crash") in events(caplog)
+        assert ("worker_lost", "crashed", "RuntimeError: the crash") in events(caplog)
 
 
 async def test_nothing_is_started_for_a_worker_that_is_ready(autojump_clock: MockClock) -> None:

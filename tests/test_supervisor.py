@@ -325,7 +325,7 @@ async def test_a_worker_that_fails_in_closing_is_logged(caplog: pytest.LogCaptur
     async with whitepool.open_pool(shop.make, pool_size=1, name="mine"):
         pass
     (record,) = caplog.records
-    assert record.message == "close_failed pool=mine error=already closed"
+    assert record.message == "close_failed pool=mine error=OSError: already closed"
 
 
 async def test_room_taken_by_a_worker_being_closed_is_taken(

@@ -31,7 +31,10 @@ class Desk:
 
     def __init__(self, nursery: trio.Nursery, patience: float) -> None:
         self.queue: WaitQueue[int] = WaitQueue(
-            patience=patience, make_timeout=self._make_timeout, on_unserved=self._on_unserved
+            patience=patience,
+            make_timeout=lambda task, timeout: TimeIsUp(),
+            make_overload=Shed,
+            on_unserved=self._on_unserved,
         )
         self.unserved = 0
         self.served: list[tuple[str, int]] = []
@@ -42,9 +45,6 @@ class Desk:
         self.tasks: dict[str, trio.lowlevel.Task] = {}
         self.scopes: dict[str, trio.CancelScope] = {}
         self.nursery = nursery
-
-    def _make_timeout(self, *, shed: bool) -> Exception:
-        return Shed() if shed else TimeIsUp()
 
     def _on_unserved(self) -> None:
         self.unserved += 1

@@ -137,7 +137,7 @@ def check_books(pool: whitepool.Session[Any] | whitepool.PoolStatistics) -> None
         now = pool
     else:
         pool._supervisor.roster.check()
-        now = pool.statistics()
+        now = pool._supervisor.statistics()  # also from outside of Trio's thread
     alive = now.idle + now.in_use + now.resetting
     assert now.started == alive + now.retired + now.lost + now.destroyed + now.leaked, now
     assert alive + now.starting <= now.pool_size + now.max_overflow, now

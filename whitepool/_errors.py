@@ -7,7 +7,7 @@ import sys
 import trio
 
 if sys.version_info < (3, 11):
-    from exceptiongroup import ExceptionGroup
+    from exceptiongroup import BaseExceptionGroup, ExceptionGroup
 
 
 class PoolError(Exception):
@@ -45,6 +45,15 @@ class CheckoutTimeout(PoolError, trio.TooSlowError):
 
 class PoolOverloaded(CheckoutTimeout):
     """A `CheckoutTimeout` that comes early: waiting longer would not have helped."""
+
+
+def describe(error: BaseException) -> str:
+    """Name an error by its type and message, on one line; of a group, each of its errors."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(describe(inner) for inner in error.exceptions)
+    message = " ".join(str(error).split())
+    name = type(error).__name__
+    return f"{name}: {message}" if message else name
 
 
 def unwrapped(error: Exception) -> Exception:

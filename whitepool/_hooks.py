@@ -7,6 +7,18 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
+from ._checks import check_call
+
+HOOK_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "on_create": ("worker",),
+    "before_acquire": (),
+    "on_checkout": ("worker",),
+    "on_checkin": ("worker",),
+    "after_release": (),
+    "on_destroy": ("reason",),
+}
+"""What each hook is called with."""
+
 Hook = Union[Callable[..., None], Callable[..., Awaitable[None]]]
 
 
@@ -47,6 +59,8 @@ class Hooks:
             value = getattr(self, hook.name)
             if value is not None and not callable(value):
                 raise TypeError(f"hooks.{hook.name} must be callable, not {value!r}")
+            if value is not None:
+                check_call(f"hooks.{hook.name}", value, *HOOK_ARGUMENTS[hook.name])
 
 
 async def call(hook: Hook | None, *arguments: Any) -> None:

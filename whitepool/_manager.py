@@ -6,10 +6,11 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar, Union, cast
+from typing import Any, Generic, TypeVar, Union, cast
 
 import trio
 
+from ._checks import check_call, check_plain, did_you_mean
 from ._errors import PoolStartError
 
 T = TypeVar("T")
@@ -17,6 +18,18 @@ T = TypeVar("T")
 close_timeout: ContextVar[float] = ContextVar("close_timeout", default=5.0)
 """Seconds for closing a worker, in each worker task. A context variable, because `lifespan` may be the
 user's own, and takes no arguments."""
+
+METHOD_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "create": (),
+    "lifespan": (),
+    "close": ("worker",),
+    "is_alive": ("worker",),
+    "needs_reset": ("worker",),
+    "reset": ("worker",),
+    "check": ("worker",),
+    "fileno": ("worker",),
+}
+"""What each method of a manager is called with."""
 
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
@@ -81,7 +94,10 @@ class WorkerManager(Generic[T]):
         Override it for workers that need a nursery of their own. It is entered and left in the worker's
         own task. When one of its background tasks crashes, the worker is replaced.
         """
-        async with _closing(await self.create(), self) as worker:
+        made: object = self.create()
+        if not inspect.isawaitable(made):
+            raise PoolStartError(f"create must be async, but it returned {type(made).__name__}")
+        async with _closing(cast("T", await made), self) as worker:
             yield worker
 
 
@@ -108,6 +124,44 @@ class FactoryManager(WorkerManager[T]):
                 "the factory must return an awaitable or an async context manager, "
                 f"not {type(made).__name__}"
             )
+
+
+def check_factory(factory: object) -> None:
+    """Raise `TypeError` for a factory or manager that can't work, as far as that can be known."""
+    if isinstance(factory, WorkerManager):
+        _check_manager(factory)
+    elif not callable(factory):
+        raise TypeError(f"factory must be callable, or a WorkerManager, not {factory!r}")
+    elif inspect.isasyncgenfunction(factory):
+        raise TypeError(
+            "factory is an async generator: decorate it with contextlib.asynccontextmanager"
+        )
+    else:
+        check_call("factory", factory)
+
+
+def _check_manager(manager: WorkerManager[Any]) -> None:
+    """Raise `TypeError` for a manager that lacks what it needs, or has it in the wrong form."""
+    name = type(manager).__name__
+    overridden = {
+        method
+        for method in METHOD_ARGUMENTS
+        if getattr(getattr(manager, method), "__func__", None) is not getattr(WorkerManager, method)
+    }
+    if not overridden & {"create", "lifespan"}:
+        misspelt = [word for word in dir(manager) if did_you_mean(word, ("create", "lifespan"))]
+        hint = f": did you mean that by {misspelt[0]}?" if misspelt else ""
+        raise TypeError(f"{name} implements neither create nor lifespan{hint}")
+    for method in sorted(overridden):
+        check_call(f"{name}.{method}", getattr(manager, method), *METHOD_ARGUMENTS[method])
+    for method in ("is_alive", "needs_reset", "fileno"):
+        check_plain(f"{name}.{method}", getattr(manager, method))
+    lifespan = manager.lifespan
+    if inspect.isasyncgenfunction(lifespan) or inspect.iscoroutinefunction(lifespan):
+        raise TypeError(
+            f"{name}.lifespan must return an async context manager: "
+            "decorate it with contextlib.asynccontextmanager"
+        )
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal, get_args
 
+from ._checks import check_count, check_seconds
 from ._hooks import Hooks
 
 _generated = count(1)
@@ -82,6 +83,8 @@ class Options:
     def __post_init__(self) -> None:
         check_count("pool_size", self.pool_size)
         check_count("max_overflow", self.max_overflow)
+        if self.pool_size == self.max_overflow == 0:
+            raise ValueError("pool_size and max_overflow are both 0: the pool could have no worker")
         check_count("max_starting", self.max_starting, least=1)
         if self.max_waiting != math.inf:
             check_count("max_waiting", self.max_waiting)
@@ -105,20 +108,3 @@ class Options:
             object.__setattr__(self, "name", f"pool-{next(_generated)}")
         elif not isinstance(self.name, str):
             raise TypeError(f"name must be a str, not {self.name!r}")
-
-
-def check_count(option: str, value: object, *, least: int = 0) -> None:
-    """Raise unless `value` is an int, and `least` or more."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{option} must be an int, not {value!r}")
-    if value < least:
-        raise ValueError(f"{option} must be {least} or more, not {value!r}")
-
-
-def check_seconds(option: str, value: object, *, more_than_zero: bool = False) -> None:
-    """Raise unless `value` is a number of seconds; `math.inf` is one."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{option} must be a number of seconds, not {value!r}")
-    if math.isnan(value) or value < 0 or (more_than_zero and value == 0):
-        bound = "more than 0" if more_than_zero else "0 or more"
-        raise ValueError(f"{option} must be {bound} seconds, not {value!r}")

@@ -7,7 +7,9 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Generic, ParamSpec, TypeVar
+from functools import wraps
+from typing import Any, Generic, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import trio
 from trio.lowlevel import enable_ki_protection
@@ -15,13 +17,16 @@ from trio.lowlevel import enable_ki_protection
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-from ._manager import Factory, FactoryManager, WorkerManager
+from ._checks import did_you_mean
+from ._manager import Factory, FactoryManager, WorkerManager, check_factory
 from ._options import Options
 from ._session import Session
 from ._supervisor import Supervisor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_running: WeakSet[Pool[Any]] = WeakSet()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,8 +43,7 @@ class Pool(Options, Generic[T]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not callable(self.factory) and not isinstance(self.factory, WorkerManager):
-            raise TypeError(f"factory must be callable, or a WorkerManager, not {self.factory!r}")
+        check_factory(self.factory)
 
     async def run_service(
         self, *, task_status: trio.TaskStatus[Session[T]] = trio.TASK_STATUS_IGNORED
@@ -57,6 +61,12 @@ class Pool(Options, Generic[T]):
     @enable_ki_protection
     async def _open(self, grace: float) -> AsyncIterator[Session[T]]:
         """Yield a session; at a normal exit drain it, else close everything after `grace` seconds."""
+        _check_runs_on_trio()
+        if self in _running:
+            raise RuntimeError(
+                f"{self.name} is running: make a Pool for each time that it runs at once"
+            )
+        _running.add(self)
         factory = self.factory
         manager = factory if isinstance(factory, WorkerManager) else FactoryManager(factory)
         supervisor = Supervisor(manager, options=self)
@@ -79,7 +89,37 @@ class Pool(Options, Generic[T]):
             error = group.exceptions[0]
         else:
             return
+        finally:
+            _running.discard(self)
         raise error  # outside of the `except`, so that the group is not its context
+
+
+def _check_runs_on_trio() -> None:
+    """Raise `RuntimeError` if this is not called from a task of Trio's."""
+    try:
+        trio.lowlevel.current_task()
+    except RuntimeError:
+        raise RuntimeError(
+            "a pool needs Trio, which does not run here: start your program with trio.run, "
+            "not with asyncio.run, and a service with a server that supports Trio, such as Hypercorn"
+        ) from None
+
+
+def _naming_misspelt_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Have a constructor say which option was meant."""
+    known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def init_or_name(*arguments: Any, **options: Any) -> None:
+        for option in options:
+            if option not in known:
+                raise TypeError(f"there is no option {option!r}{did_you_mean(option, known)}")
+        init(*arguments, **options)
+
+    return init_or_name
+
+
+Pool.__init__ = _naming_misspelt_options(Pool.__init__)  # type: ignore[method-assign]
 
 
 def _opener(pool: Callable[P, Pool[T]]) -> Callable[P, AbstractAsyncContextManager[Session[T]]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import tracemalloc
 import warnings
 from contextlib import AbstractAsyncContextManager
-from time import perf_counter
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,10 +20,11 @@ from trio.lowlevel import (
 )
 
 from . import _overload as overload
+from ._checks import check_seconds
 from ._entry import Entry, State
 from ._errors import NotCheckedOut, PoolClosed, PoolFull
 from ._hooks import call, call_now
-from ._options import check_seconds
+from ._nesting import Holder
 from ._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._statistics import PoolStatistics
 from ._supervisor import ALIVE_BYPASS_WINDOW, Supervisor
@@ -32,10 +34,13 @@ T = TypeVar("T")
 BUSY_TIME = 0.001
 """Seconds for which tasks that always find an idle worker may keep the event loop to themselves."""
 
+BUSY_TIME_OF_TESTS = -1.0
+"""The same with another clock than Trio's own, which may stand still: each checkout lets others run."""
+
 _PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
-class Resource(Generic[T]):
+class Resource(Holder[T]):
     """The receipt for one checked-out worker. Give it back with `Session.checkin`."""
 
     __slots__ = ("__weakref__", "_entry", "_session")
@@ -43,6 +48,9 @@ class Resource(Generic[T]):
     def __init__(self, session: Session[T], entry: Entry[T]) -> None:
         self._session = session
         self._entry: Entry[T] | None = entry
+
+    def _held(self) -> Entry[T] | None:
+        return self._entry
 
     def get(self) -> T:
         """Return the worker itself. Raises `NotCheckedOut` once the resource has been returned."""
@@ -79,7 +87,9 @@ class Session(Generic[T]):
         self._before_acquire = supervisor.options.hooks.before_acquire
         self._on_checkout = supervisor.options.hooks.on_checkout
         self._max_waiting = supervisor.options.max_waiting
-        self._time_slice = TimeSlice(BUSY_TIME)
+        is_real = type(trio.lowlevel.current_clock()).__name__ == "SystemClock"
+        self._time_slice = TimeSlice(BUSY_TIME if is_real else BUSY_TIME_OF_TESTS, self._now)
+        self._thread = get_ident()
         self._trio_token = trio.lowlevel.current_trio_token()
 
     @property
@@ -88,7 +98,7 @@ class Session(Generic[T]):
         return self._supervisor.name
 
     def __repr__(self) -> str:
-        now = self.statistics()
+        now = self._supervisor.statistics()  # a debugger may ask from any thread
         return f"<whitepool.Session of {now.name}: {now.state}, {now.in_use} in use>"
 
     @enable_ki_protection
@@ -100,6 +110,8 @@ class Session(Generic[T]):
         `PoolOverloaded` if `max_waiting` tasks wait already, or earlier than `timeout` if the queue
         grows (see `patience` of `Pool`), and `PoolClosed`.
         """
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
         if timeout.__class__ is not float or not timeout > 0:  # the usual case costs no call
             check_seconds("timeout", timeout)
         if self._before_acquire is not None:
@@ -108,7 +120,7 @@ class Session(Generic[T]):
         entry = self._take_idle()
         if entry is not None:
             resource = self._hand_out(entry, entry.in_use_since)
-            if perf_counter() > self._time_slice.ends:
+            if entry.in_use_since > self._time_slice.ends:
                 await self._yield_to_others()
         else:
             supervisor = self._supervisor
@@ -116,7 +128,7 @@ class Session(Generic[T]):
                 len(self._queue.waiters), self._max_waiting, supervisor.obtainable()
             ):
                 await cancel_shielded_checkpoint()
-                raise supervisor.count_timeout(shed=True)
+                raise supervisor.count_overload()
             supervisor.request_worker()
             entry, since = await self._queue.wait(timeout)
             resource = self._hand_out(entry, since)
@@ -132,12 +144,14 @@ class Session(Generic[T]):
         one, resetting one, or closing one to make room. Raises `PoolFull` if clients hold every
         worker that may exist, `PoolStartError` if a new one could not be started, and `PoolClosed`.
         """
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
         await call(self._before_acquire)
         await checkpoint_if_cancelled()
         entry = self._take_idle()
         if entry is not None:
             resource = self._hand_out(entry, entry.in_use_since)
-            if perf_counter() > self._time_slice.ends:
+            if entry.in_use_since > self._time_slice.ends:
                 await self._yield_to_others()
         else:
             if len(self._queue.waiters) >= self._supervisor.obtainable():
@@ -155,6 +169,8 @@ class Session(Generic[T]):
 
         Raises `TypeError` if a hook of the checkout is async: there is no time to wait for it.
         """
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
         call_now("before_acquire", self._before_acquire)
         entry = self._take_idle()
         if entry is None:
@@ -222,13 +238,31 @@ class Session(Generic[T]):
 
     def _redeem(self, resource: Resource[T]) -> Entry[T]:
         """Take the entry off a resource, which can be done once. Every return begins here."""
-        entry = resource._entry
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
+        try:
+            entry = resource._entry
+        except AttributeError:
+            raise _not_a_resource(resource) from None
         if entry is None:
             raise NotCheckedOut("the resource has been returned already")
-        if resource._session._supervisor is not self._supervisor:
-            raise NotCheckedOut(f"the resource is of {resource._session.name}, not of {self.name}")
+        session = resource._session
+        if session is not self and session._supervisor is not self._supervisor:
+            raise NotCheckedOut(f"the resource is of {session.name}, not of {self.name}")
         resource._entry = None
         return entry
+
+    def _in_another_thread(self) -> RuntimeError:
+        """Make the error for a call from outside of the thread in which the pool runs.
+
+        Trio runs one task at a time, so nothing in a pool is locked: a call from another thread, or
+        from another `trio.run` there, would corrupt it.
+        """
+        return RuntimeError(
+            f"{self.name} runs in another thread. Call its session by "
+            "trio.from_thread.run(session.block_checkout) from there, and so on for async methods; by "
+            "trio.from_thread.run_sync(session.checkin, resource) for plain ones"
+        )
 
     def worker(self, timeout: float = 5.0) -> AbstractAsyncContextManager[T]:
         """Check out a worker for the length of an ``async with`` block, and return it whatever happens.
@@ -247,6 +281,8 @@ class Session(Generic[T]):
         also from several tasks. If it is cancelled, the pool goes on draining.
         """
         check_seconds("timeout", timeout)
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
         supervisor = self._supervisor
         supervisor.drain()
         with trio.move_on_after(timeout):
@@ -257,6 +293,8 @@ class Session(Generic[T]):
 
     def statistics(self) -> PoolStatistics:
         """Return how the pool stands, and what it has counted."""
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
         return self._supervisor.statistics()
 
     def _on_leak(self, resource: Resource[T], entry: Entry[T]) -> None:
@@ -273,6 +311,16 @@ class Session(Generic[T]):
         )
 
 
+def _not_a_resource(thing: object) -> TypeError:
+    """Make the error for something that was returned, and that no checkout has handed out."""
+    what = f"not {type(thing).__name__}"
+    if inspect.iscoroutine(thing):
+        what = f"not a coroutine: write `await` before {thing.__name__}()"
+    elif isinstance(thing, _Lease):
+        what = "not session.worker(): leaving its block returns the worker"
+    return TypeError(f"return the resource that a checkout gave you (a whitepool.Resource), {what}")
+
+
 def _origin(resource: Resource[Any]) -> str:
     """Say where a resource was checked out. tracemalloc knows, while it is tracing."""
     for frame in reversed(tracemalloc.get_object_traceback(resource) or ()):
@@ -281,15 +329,16 @@ def _origin(resource: Resource[Any]) -> str:
     return "unknown: trace it with python -X tracemalloc=10"
 
 
-class _Lease(AbstractAsyncContextManager[T]):
+class _Lease(AbstractAsyncContextManager[T], Holder[T]):
     """`Session.worker`. A class, because a generator would cost twice as much."""
-
-    __slots__ = ("_resource", "_session", "_timeout")
 
     def __init__(self, session: Session[T], timeout: float) -> None:
         self._session = session
         self._timeout = timeout
         self._resource: Resource[T] | None = None
+
+    def _held(self) -> Entry[T] | None:
+        return None if self._resource is None else self._resource._entry
 
     @enable_ki_protection
     async def __aenter__(self) -> T:

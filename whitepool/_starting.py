@@ -10,7 +10,7 @@ import trio
 from . import _sizing as sizing
 from ._backoff import EARLY_DEATH_WINDOW, Backoff, EarlyDeaths
 from ._entry import Entry, Reason
-from ._errors import PoolStartError
+from ._errors import PoolStartError, describe
 from ._log import PoolLog
 from ._options import Options
 from ._roster import Roster
@@ -109,7 +109,7 @@ class Starter(Generic[T]):
         """
         self._counters["start_failures"] += 1
         self.backoff.failed(error, begun=begun, now=now)
-        self._log.throttled_warning("start_failed", error=str(error))
+        self._log.throttled_warning("start_failed", error=describe(error))
         if isinstance(error, PoolStartError) and not self.opened.is_set():
             self.final_error = error
             self.opened.set()
@@ -142,10 +142,12 @@ class Starter(Generic[T]):
         if self.final_error is not None:
             raise self.final_error
         if not self.opened.is_set():
+            error = self.backoff.last_error
+            reason = f"; the last start failed: {describe(error)}" if error else ""
             raise PoolStartError(
                 f"{options.name}: {self._roster.open} of {options.pool_size} workers started "
-                f"within {options.start_timeout} s"
-            ) from self.backoff.last_error
+                f"within {options.start_timeout:g} s{reason}"
+            ) from error
 
     def why_none_starts(self, now: float) -> Exception | None:
         """Return why the last start failed, if no worker can be started now as far as is known."""

@@ -7,14 +7,15 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 import trio
-from trio.lowlevel import enable_ki_protection
+from trio.lowlevel import Task, enable_ki_protection
 
 from ._entry import REASONS, Departure, Entry, Reason, State
-from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError
+from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError, describe
 from ._hangup import HangupWatch
 from ._log import PoolLog
 from ._maintenance import Maintenance
 from ._manager import WorkerManager
+from ._nesting import holds_one_of
 from ._options import Options
 from ._roster import IN_USE, Roster
 from ._starting import Starter
@@ -46,6 +47,7 @@ class Supervisor(Generic[T]):
         self.queue: WaitQueue[Entry[T]] = WaitQueue(
             patience=options.patience,
             make_timeout=self.count_timeout,
+            make_overload=self.count_overload,
             on_unserved=self._on_unserved_waiter,
         )
         self.draining = False
@@ -119,7 +121,7 @@ class Supervisor(Generic[T]):
                 not is_dead and entry.needs_reset is not None and entry.needs_reset(entry.worker)
             )
         except Exception as error:
-            self._log.throttled_warning("manager_failed", error=str(error))
+            self._log.throttled_warning("manager_failed", error=describe(error))
             is_dead, needs_service = True, False
         # 2. It has died while its client had it.
         if is_dead:
@@ -128,7 +130,10 @@ class Supervisor(Generic[T]):
         elif needs_service:
             self.roster.move(entry, State.SERVICING)
             entry.task.reset()
-        # 4. It is ready for its next client.
+        # 4. It is ready for its next client, and no task waits for it: the usual case.
+        elif not (self.queue.waiters or self.draining or self._no_lingering):
+            self.roster.put_idle(entry, now)
+        # 5. What becomes of it depends.
         else:
             self.admit(entry, now)
 
@@ -168,7 +173,7 @@ class Supervisor(Generic[T]):
         try:
             is_dead = entry.is_alive is not None and not entry.is_alive(entry.worker)
         except Exception as error:
-            self._log.throttled_warning("manager_failed", error=str(error))
+            self._log.throttled_warning("manager_failed", error=describe(error))
             is_dead = True
         if is_dead:
             self.evict(entry, "dead")
@@ -206,20 +211,42 @@ class Supervisor(Generic[T]):
         if len(self.roster.entries) < self._limit:
             self.wake()
 
-    def count_timeout(self, *, shed: bool) -> CheckoutTimeout:
-        """Count a waiter that gets no worker, and make its error, which says how the pool stands now.
-
-        `shed` says that the pool is overloaded: the waiter leaves before its time, or never came in.
-        """
-        self.counters["overloads" if shed else "timeouts"] += 1
-        now = self.statistics()
-        what = "is overloaded" if shed else "has had no worker in time"
-        error = (PoolOverloaded if shed else CheckoutTimeout)(
-            f"{self.name} {what}: {now.in_use} in use, {now.starting} starting, "
-            f"{now.resetting} resetting, {now.waiting} waiting"
+    def count_timeout(self, task: Task, timeout: float) -> CheckoutTimeout:
+        """Count a waiter whose time is up, and make its error, which says how the pool stands now."""
+        self.counters["timeouts"] += 1
+        error = CheckoutTimeout(
+            f"{self.name} has had no worker within {timeout:g} s: {self._how_it_stands()}"
+            f"{self._hint_at_nesting(task)}"
         )
         error.__cause__ = self.starter.why_none_starts(self.now())
         return error
+
+    def count_overload(self) -> PoolOverloaded:
+        """Count a task that is shed, or refused, and make its error."""
+        self.counters["overloads"] += 1
+        error = PoolOverloaded(f"{self.name} is overloaded: {self._how_it_stands()}")
+        error.__cause__ = self.starter.why_none_starts(self.now())
+        return error
+
+    def _how_it_stands(self) -> str:
+        roster = self.roster
+        error = self.starter.why_none_starts(self.now())
+        reason = f"; the last start failed: {describe(error)}" if error else ""
+        return (
+            f"{roster.in_use} in use, {roster.opening} starting, {roster.servicing} resetting, "
+            f"{len(self.queue.waiters)} waiting{reason}"
+        )
+
+    def _hint_at_nesting(self, task: Task) -> str:
+        """Say so if a task has waited for a worker while it held one, and no other was to be had."""
+        if self.obtainable() > 0:
+            return ""
+        if not holds_one_of(task, [entry for entry in self.roster.entries if entry.state is IN_USE]):
+            return ""
+        return (
+            "; this task seems to hold a worker of this pool already: such nested checkouts wait for "
+            "each other, so pass the worker on instead"
+        )
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
@@ -267,7 +294,7 @@ class Supervisor(Generic[T]):
         # way to it, it fails now.
         on_the_way = self.roster.opening + self.roster.servicing
         for task in self.queue.nonblocking_beyond(on_the_way):
-            refusal = PoolStartError(f"{self.name}: a worker could not be started: {error}")
+            refusal = PoolStartError(f"{self.name}: a worker could not be started: {describe(error)}")
             refusal.__cause__ = error
             self.queue.fail(task, refusal)
 
@@ -282,13 +309,13 @@ class Supervisor(Generic[T]):
         if entry.evict_reason == "hung_up":
             reason = "hung_up"  # no wonder that it could not be reset
         if REASONS[reason].counter == "lost":
-            self._log.throttled_warning("worker_lost", reason=reason, error=str(error))
+            self._log.throttled_warning("worker_lost", reason=reason, error=describe(error))
         else:
-            self._log.throttled_warning(reason, error=str(error))
+            self._log.throttled_warning(reason, error=describe(error))
         self.evict(entry, reason, is_logged=True)
 
     def on_hook_failed(self, hook: str, error: Exception) -> None:
-        self._log.throttled_warning("hook_failed", hook=hook, error=str(error))
+        self._log.throttled_warning("hook_failed", hook=hook, error=describe(error))
 
     def on_closing(self, entry: Entry[T]) -> None:
         # If the pool has asked for it, the worker is being closed already, and this does nothing. A
@@ -297,9 +324,10 @@ class Supervisor(Generic[T]):
 
     def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
         if entry.evict_reason == "crashed":
-            self._log.throttled_warning("worker_lost", reason="crashed", error=str(error))
+            reason = describe(error) if error else "its lifespan ended by itself"
+            self._log.throttled_warning("worker_lost", reason="crashed", error=reason)
         elif entry.evict_reason is not None and error is not None:
-            self._log.throttled_warning("close_failed", error=str(error))
+            self._log.throttled_warning("close_failed", error=describe(error))
         self.roster.remove(entry)
         # The two refer to each other, and would wait for the garbage collector, with the worker.
         del entry.task

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import trio
 from outcome import Error, Value
@@ -32,12 +32,6 @@ Timer = tuple[float, int, Task, "overload.Look | None"]
 """When to look at a waiter, its number and its task, and what there was to see at the last look."""
 
 
-class MakeTimeout(Protocol):
-    """Makes the error for a waiter that gets no worker: its time is up, or it is shed."""
-
-    def __call__(self, *, shed: bool) -> Exception: ...
-
-
 class WaitQueue(Generic[E]):
     """The tasks that wait for an entry, first come, first served.
 
@@ -48,18 +42,25 @@ class WaitQueue(Generic[E]):
 
     Args:
       patience: the pool's option, see `_overload`.
-      make_timeout: makes the error of a waiter whose time is up, or that is shed.
+      make_timeout: makes the error of a waiter whose time is up, of its task and its timeout.
+      make_overload: makes the error of a waiter that is shed.
       on_unserved: called after a task has left without a worker.
     """
 
     def __init__(
-        self, *, patience: float, make_timeout: MakeTimeout, on_unserved: Callable[[], None]
+        self,
+        *,
+        patience: float,
+        make_timeout: Callable[[Task, float], Exception],
+        make_overload: Callable[[], Exception],
+        on_unserved: Callable[[], None],
     ) -> None:
         self.waiters: OrderedDict[Task, Waiter] = OrderedDict()
         """The one that has waited for the longest comes first."""
         self.nonblocking: set[Task] = set()
         """Those that do not wait for a client to return a worker (`Session.nonblock_checkout`)."""
         self._make_timeout = make_timeout
+        self._make_overload = make_overload
         self._on_unserved = on_unserved
         self._joined = 0
         self._served = 0
@@ -75,8 +76,8 @@ class WaitQueue(Generic[E]):
     async def wait(self, timeout: float) -> tuple[E, float]:
         """Wait at the end of the queue for an entry, for at most `timeout` seconds.
 
-        Returns it, and the time at which the wait began. Raises what `make_timeout` makes, or what
-        `fail` is given. A cancellation takes the task out of the queue.
+        Returns it, and the time at which the wait began. Raises what `make_timeout` or
+        `make_overload` makes, or what `fail` is given. A cancellation takes the task out of the queue.
         """
         task = current_task()
         now = self._now()
@@ -158,9 +159,9 @@ class WaitQueue(Generic[E]):
         last = last_look or overload.Look(number, served_at_joining, served_before=False)
         ends = since + timeout
         if now >= ends:
-            self.fail(task, self._make_timeout(shed=False))
+            self.fail(task, self._make_timeout(task, timeout))
         elif overload.is_growing(last, self._joined, self._served):
-            self.fail(task, self._make_timeout(shed=True))
+            self.fail(task, self._make_overload())
         else:
             look = overload.Look(self._joined, self._served, self._served > last.served)
             again = overload.next_look(now, ends, self._period * timeout)

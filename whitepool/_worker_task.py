@@ -15,7 +15,7 @@ import trio
 from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
 
 from ._entry import Entry, Reason, State
-from ._errors import unwrapped
+from ._errors import PoolStartError, unwrapped
 from ._hooks import call
 from ._manager import WorkerManager, close_timeout, manager_of
 from ._options import Options
@@ -114,7 +114,12 @@ class WorkerTask(Generic[T]):
         close_timeout.set(options.close_timeout)
         try:
             with self._life:
-                async with self._manager.lifespan() as entry.worker:
+                lifespan = self._manager.lifespan()
+                if not hasattr(lifespan, "__aenter__"):
+                    raise PoolStartError(
+                        f"lifespan must return an async context manager, not {type(lifespan).__name__}"
+                    )
+                async with lifespan as entry.worker:
                     try:
                         await call(options.hooks.on_create, entry.worker)
                         # A worker that was not open within `start_timeout` is a failed start, even if

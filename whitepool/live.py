@@ -12,11 +12,15 @@ from collections import Counter, deque
 from typing import Any
 
 import trio
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.live import Live
-from rich.text import Text
 
-from ._options import check_seconds
+try:
+    from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+    from rich.live import Live
+    from rich.text import Text
+except ImportError as error:
+    raise ImportError(f"whitepool.live needs rich: pip install 'whitepool[live]' ({error})") from error
+
+from ._checks import check_seconds
 from ._session import Session
 from ._statistics import PoolStatistics
 

@@ -15,8 +15,13 @@ from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
-from opentelemetry import metrics
-from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+try:
+    from opentelemetry import metrics
+    from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+except ImportError as error:
+    raise ImportError(
+        f"whitepool.telemetry needs OpenTelemetry: pip install 'whitepool[otel]' ({error})"
+    ) from error
 
 from . import __version__
 from ._session import ObservedSession, Session

@@ -1,0 +1,386 @@
+"""Mistakes in how a pool is used are named at once, in words that say what to do. (Rule 13.)"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+from workshop import Manager, Tool, Workshop
+
+import whitepool
+
+Session = whitepool.Session[Tool]
+
+
+# -- Threads -------------------------------------------------------------------------------------------
+
+
+async def enter(session: Session) -> None:
+    async with session.worker():
+        pass
+
+
+ASYNC_CALLS: dict[str, Callable[[Session], Awaitable[object]]] = {
+    "block_checkout": lambda session: session.block_checkout(),
+    "nonblock_checkout": lambda session: session.nonblock_checkout(),
+    "worker": enter,
+    "safe_shutdown": lambda session: session.safe_shutdown(0),
+}
+PLAIN_CALLS: dict[str, Callable[[Session, whitepool.Resource[Tool]], object]] = {
+    "checkin": lambda session, resource: session.checkin(resource),
+    "destroyed": lambda session, resource: session.destroyed(resource),
+    "checkout_nowait": lambda session, _: session.checkout_nowait(),
+    "statistics": lambda session, _: session.statistics(),
+}
+
+
+async def check_untouched(session: Session) -> None:
+    now = session.statistics()
+    assert (now.state, now.idle, now.in_use, now.checkouts) == ("ready", 1, 1, 1)
+    session._supervisor.roster.check()
+
+
+@pytest.mark.parametrize("call", PLAIN_CALLS)
+async def test_a_plain_call_from_another_thread(call: str) -> None:
+    """It raises, and nothing has been touched; the way out that the message names works."""
+    async with whitepool.open_pool(Workshop().make, pool_size=2) as session:
+        resource = await session.block_checkout()
+        with pytest.raises(RuntimeError, match=r"trio\.from_thread\.run_sync"):
+            await trio.to_thread.run_sync(PLAIN_CALLS[call], session, resource)
+        await check_untouched(session)
+        await trio.to_thread.run_sync(trio.from_thread.run_sync, session.checkin, resource)
+        assert session.statistics().idle == 2
+
+
+@pytest.mark.parametrize("call", ASYNC_CALLS)
+@pytest.mark.parametrize("run", [trio.run, lambda function, *a: asyncio.run(function(*a))])
+async def test_an_async_call_from_another_loop(call: str, run: Callable[..., object]) -> None:
+    """Of another `trio.run`, or of asyncio, in another thread."""
+    async with whitepool.open_pool(Workshop().make, pool_size=2) as session:
+        resource = await session.block_checkout()
+        with pytest.raises(RuntimeError, match=r"trio\.from_thread\.run\(session\.block_checkout\)"):
+            await trio.to_thread.run_sync(run, ASYNC_CALLS[call], session)
+        await check_untouched(session)
+        session.checkin(resource)
+
+
+async def test_a_session_may_be_shown_in_another_thread() -> None:
+    """A debugger, or a logger, may ask for its repr."""
+    async with whitepool.open_pool(Workshop().make, name="mine") as session:
+        text = await trio.to_thread.run_sync(repr, session)
+        assert "mine" in text
+
+
+async def test_a_resource_is_collected_in_any_thread(recwarn: pytest.WarningsRecorder) -> None:
+    """Forgetting one is a leak, whichever thread drops it last."""
+    async with whitepool.open_pool(Workshop().make, pool_size=1) as session:
+        held = [await session.block_checkout()]
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        await trio.to_thread.run_sync(thread.join)
+        while not session.statistics().leaked:
+            await trio.lowlevel.checkpoint()
+    assert recwarn.pop(ResourceWarning)
+
+
+# -- Without Trio, and without packages ----------------------------------------------------------------
+
+
+def test_a_pool_on_asyncio() -> None:
+    """It says that it needs Trio."""
+
+    async def main() -> None:
+        async with whitepool.open_pool(Workshop().make):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"trio\.run, not with asyncio\.run"):
+        asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("whitepool.postgres", "psycopg", "postgres"),
+        ("whitepool.telemetry", "opentelemetry", "otel"),
+        ("whitepool.live", "rich", "live"),
+    ],
+)
+def test_a_package_that_is_not_installed(module: str, missing: str, extra: str) -> None:
+    """The error names the extra that brings it."""
+    script = f"import sys; sys.modules[{missing!r}] = None; import {module}"  # as if it were not there
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert result.returncode == 1
+    assert f"pip install 'whitepool[{extra}]'" in result.stderr
+
+
+# -- What is given to a pool ---------------------------------------------------------------------------
+
+
+async def needs_an_argument(dsn: str) -> Tool:
+    raise AssertionError(dsn)
+
+
+async def forgot_the_decorator() -> AsyncIterator[Tool]:
+    yield await Workshop().make()
+
+
+class Misspelt(whitepool.WorkerManager[Tool]):
+    async def creat(self) -> Tool:
+        raise AssertionError
+
+
+class Empty(whitepool.WorkerManager[Tool]):
+    pass
+
+
+class AsyncIsAlive(Manager):
+    async def is_alive(self, worker: Tool) -> bool:  # type: ignore[override]
+        return True
+
+
+class AsyncNeedsReset(Manager):
+    async def needs_reset(self, worker: Tool) -> bool:  # type: ignore[override]
+        return True
+
+
+class AsyncFileno(Manager):
+    async def fileno(self, worker: Tool) -> int:  # type: ignore[override]
+        return 0
+
+
+class BareLifespan(Manager):
+    async def lifespan(self) -> AsyncIterator[Tool]:  # type: ignore[override]
+        yield await self.create()
+
+
+class ResetsNothing(Manager):
+    async def reset(self) -> None:  # type: ignore[override]
+        pass
+
+
+@pytest.mark.parametrize(
+    ("factory", "says"),
+    [
+        (needs_an_argument, "factory is called without arguments"),
+        (forgot_the_decorator, "asynccontextmanager"),
+        (7, "factory must be callable"),
+        (Misspelt(), "neither create nor lifespan: did you mean that by creat?"),
+        (Empty(), "Empty implements neither create nor lifespan"),
+        (AsyncIsAlive(Workshop()), "is_alive must be a plain function"),
+        (AsyncNeedsReset(Workshop()), "needs_reset must be a plain function"),
+        (AsyncFileno(Workshop()), "fileno must be a plain function"),
+        (BareLifespan(Workshop()), "asynccontextmanager"),
+        (ResetsNothing(Workshop()), r"reset is called with \(worker\)"),
+    ],
+)
+def test_a_factory_that_cannot_work(factory: Any, says: str) -> None:
+    """It is refused where the pool is made, not after `start_timeout`."""
+    with pytest.raises(TypeError, match=says.replace("?", r"\?")):
+        whitepool.Pool(factory)
+
+
+class PlainCreate(whitepool.WorkerManager[Tool]):
+    def create(self) -> Tool:  # type: ignore[override]
+        return Tool(Workshop(), 1)
+
+
+class PlainLifespan(Manager):
+    def lifespan(self) -> Tool:  # type: ignore[override]
+        return Tool(self.shop, 1)
+
+
+@pytest.mark.parametrize("factory", [PlainCreate(), PlainLifespan(Workshop()), lambda: 7])
+async def test_a_factory_that_turns_out_not_to_work(factory: Any, autojump_clock: MockClock) -> None:
+    """What can't be known before is known after the first call, and not called again."""
+    began = trio.current_time()
+    with pytest.raises(whitepool.PoolStartError, match="must"):
+        async with whitepool.open_pool(factory, pool_size=1):
+            pass
+    assert trio.current_time() == began
+
+
+@pytest.mark.parametrize("hook", ["on_create", "on_checkout", "on_checkin", "on_destroy"])
+def test_a_hook_without_its_argument(hook: str) -> None:
+    """It is refused where the hooks are made."""
+    with pytest.raises(TypeError, match=rf"hooks\.{hook} is called with \((worker|reason)\)"):
+        whitepool.Hooks(**{hook: lambda: None})
+
+
+@pytest.mark.parametrize("hook", ["before_acquire", "after_release"])
+def test_a_hook_with_an_argument_too_many(hook: str) -> None:
+    with pytest.raises(TypeError, match=rf"hooks\.{hook} is called without arguments"):
+        whitepool.Hooks(**{hook: lambda worker: None})
+
+
+def test_a_hook_whose_signature_is_not_known() -> None:
+    """Some builtins have none: they are taken as they are."""
+    assert whitepool.Hooks(on_checkin=dict.update).on_checkin is not None
+
+
+def test_a_pool_that_could_have_no_worker() -> None:
+    """No client could ever be served."""
+    with pytest.raises(ValueError, match="pool_size and max_overflow are both 0"):
+        whitepool.Pool(Workshop().make, pool_size=0, max_overflow=0)
+
+
+@pytest.mark.parametrize("call", [whitepool.Pool, whitepool.open_pool])
+def test_a_misspelt_option(call: Callable[..., object]) -> None:
+    """The error says which option was meant."""
+    with pytest.raises(TypeError, match=r"no option 'poolsize': did you mean pool_size\?"):
+        call(Workshop().make, poolsize=5)
+    with pytest.raises(TypeError, match=r"no option 'colour'$"):
+        call(Workshop().make, colour="red")
+
+
+async def test_the_same_pool_twice_at_once() -> None:
+    """It is refused; one after the other is fine."""
+    pool = whitepool.Pool(Workshop().make, name="mine", pool_size=1)
+    for _ in range(2):
+        async with trio.open_nursery() as nursery:
+            session: Session = await nursery.start(pool.run_service)
+            with pytest.raises(RuntimeError, match="mine is running"):
+                await pool.run_service()
+            async with session.worker():
+                pass
+            await session.safe_shutdown()
+
+
+# -- What is given back --------------------------------------------------------------------------------
+
+
+async def test_something_else_is_given_back() -> None:
+    """The error says what was given, and what is wanted."""
+    async with whitepool.open_pool(Workshop().make, pool_size=1) as session:
+        resource = await session.block_checkout()
+        anything: Any = resource.get()
+        for give_back in (session.checkin, session.destroyed):
+            with pytest.raises(TypeError, match=r"a whitepool\.Resource\), not Tool$"):
+                give_back(anything)
+        anything = session.block_checkout()
+        with pytest.raises(TypeError, match=r"write `await` before block_checkout\(\)"):
+            session.checkin(anything)
+        anything.close()
+        anything = session.worker()
+        with pytest.raises(TypeError, match=r"leaving its block returns the worker"):
+            session.checkin(anything)
+        session.checkin(resource)
+
+
+# -- What an error says --------------------------------------------------------------------------------
+
+
+async def refused(_: int) -> None:
+    raise OSError("connection refused")
+
+
+async def test_why_a_pool_does_not_open(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """The message has the reason, and the log has it within a second, not after `start_timeout`."""
+    shop = Workshop()
+    shop.before_open = refused
+
+    async def look() -> None:
+        await trio.sleep(1)
+        assert "start_failed" in caplog.text
+        assert "OSError: connection refused" in caplog.text
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        with pytest.raises(whitepool.PoolStartError) as caught:
+            async with whitepool.open_pool(shop.make, name="mine", pool_size=5):
+                pass
+    assert str(caught.value) == (
+        "mine: 0 of 5 workers started within 30 s; the last start failed: OSError: connection refused"
+    )
+
+
+async def test_why_a_checkout_timed_out(autojump_clock: MockClock) -> None:
+    """The message has the timeout, how the pool stood, and why no worker starts. (Rule 4.)"""
+    shop = Workshop()
+    shop.before_open = refused
+    async with whitepool.open_pool(shop.make, name="mine", lazy=True) as session:
+        with pytest.raises(whitepool.CheckoutTimeout) as caught:
+            await session.block_checkout(timeout=0.5)
+    assert str(caught.value).startswith("mine has had no worker within 0.5 s: 0 in use, ")
+    assert str(caught.value).endswith("the last start failed: OSError: connection refused")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+async def held_by_block(session: Session) -> None:
+    async with session.worker():
+        await session.block_checkout(timeout=1)
+
+
+async def held_by_variable(session: Session) -> None:
+    resource = await session.block_checkout()
+    try:
+        await held_by_caller(session)
+    finally:
+        session.checkin(resource)
+
+
+async def held_by_caller(session: Session) -> None:
+    async with session.worker(timeout=1) as _:
+        pass
+
+
+async def held_as_worker(session: Session) -> None:
+    async with session.worker() as tool:
+        await session.block_checkout(timeout=1)
+        print(tool)
+
+
+@pytest.mark.parametrize("nested", [held_by_block, held_by_variable, held_as_worker])
+async def test_a_nested_checkout(
+    nested: Callable[[Session], Awaitable[None]], autojump_clock: MockClock
+) -> None:
+    """A task that waits for a worker while it holds the last one is told so."""
+    async with whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session:
+        with pytest.raises(whitepool.CheckoutTimeout, match="seems to hold a worker"):
+            await nested(session)
+
+
+async def test_a_checkout_that_is_not_nested(autojump_clock: MockClock) -> None:
+    """Another task holds the last worker: that is no mistake."""
+    ends: list[str] = []
+    async with whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session:
+
+        async def wait() -> None:
+            with pytest.raises(whitepool.CheckoutTimeout) as caught:
+                await session.block_checkout(1)
+            ends.append(str(caught.value))
+
+        async with session.worker(), trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+    assert len(ends) == 1
+    assert "seems to hold" not in ends[0]
+
+
+async def test_a_group_is_named_by_its_errors(caplog: pytest.LogCaptureFixture) -> None:
+    """A log line names the types and the messages, and is never empty."""
+
+    async def crash_twice(_: int) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(crash, KeyError("host"))
+            nursery.start_soon(crash, ConnectionResetError())
+
+    async def crash(error: Exception) -> None:
+        raise error
+
+    shop = Workshop()
+    shop.before_open = crash_twice
+    with pytest.raises(whitepool.PoolStartError):
+        async with whitepool.open_pool(shop.make, start_timeout=0.01):
+            pass
+    told = caplog.records[0].__dict__["error"]
+    assert set(told.split("; ")) == {"KeyError: 'host'", "ConnectionResetError"}

@@ -1,0 +1,50 @@
+"""What is wrong with an argument, said before anything is opened."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+def check_count(option: str, value: object, *, least: int = 0) -> None:
+    """Raise unless `value` is an int, and `least` or more."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{option} must be an int, not {value!r}")
+    if value < least:
+        raise ValueError(f"{option} must be {least} or more, not {value!r}")
+
+
+def check_seconds(option: str, value: object, *, more_than_zero: bool = False) -> None:
+    """Raise unless `value` is a number of seconds; `math.inf` is one."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{option} must be a number of seconds, not {value!r}")
+    if math.isnan(value) or value < 0 or (more_than_zero and value == 0):
+        bound = "more than 0" if more_than_zero else "0 or more"
+        raise ValueError(f"{option} must be {bound} seconds, not {value!r}")
+
+
+def check_call(what: str, function: Callable[..., object], *arguments: str) -> None:
+    """Raise `TypeError` unless `function` can be called with so many arguments, named here."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # some builtins have none
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        takes = f"with ({', '.join(arguments)})" if arguments else "without arguments"
+        raise TypeError(f"{what} is called {takes}: {error}") from None
+
+
+def check_plain(what: str, function: Callable[..., object]) -> None:
+    """Raise `TypeError` if a function is async whose answer is needed at once."""
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"{what} must be a plain function: an async one can't answer at once")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word that is most like `name`; empty if there is none."""
+    found = get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f": did you mean {found[0]}?" if found else ""
