@@ -54,6 +54,16 @@ def test_generic() -> None:
     assert len((EXAMPLES / "generic.py").read_text().splitlines()) < 60
 
 
+def test_actors() -> None:
+    """The client of an actor that dies gets an error, and the next one an answer."""
+    assert run("actors.py").splitlines() == [
+        "6 * 7 = 42",
+        "exit(): WorkerLost",
+        "2 ** 10 = 1024",
+        "3 actors were started, 1 was lost",
+    ]
+
+
 def test_listen(server: EmbeddedPostgres) -> None:
     """Five notifications, in order."""
     output = run("listen.py", DATABASE_URL=server.dsn)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 from workshop import Manager, Tool, Workshop
 
 import whitepool
@@ -384,3 +384,81 @@ async def test_a_group_is_named_by_its_errors(caplog: pytest.LogCaptureFixture) 
             pass
     told = caplog.records[0].__dict__["error"]
     assert set(told.split("; ")) == {"KeyError: 'host'", "ConnectionResetError"}
+
+
+# -- A worker that dies under its client ---------------------------------------------------------------
+
+
+async def test_a_worker_that_crashes_while_it_is_checked_out() -> None:
+    """Its client is told at once, and asking for it tells why."""
+    shop = Workshop()
+    told = trio.Event()
+    async with whitepool.open_pool(shop.with_nursery, pool_size=1) as session:
+        resource = await session.block_checkout()
+
+        async def wait() -> None:
+            await resource.lost.wait()
+            told.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            assert not told.is_set()
+            resource.get().crash.set()
+        await wait_all_tasks_blocked()
+        with pytest.raises(
+            whitepool.WorkerLost, match="RuntimeError: the background task crashed"
+        ) as e:
+            resource.get()
+        assert isinstance(e.value.__cause__, RuntimeError)
+        assert resource.lost.is_set()
+        session.checkin(resource)
+        with pytest.raises(whitepool.NotCheckedOut):
+            print(resource.lost)
+        async with session.worker() as tool:
+            assert not tool.closed
+
+
+async def test_a_client_that_asks_late() -> None:
+    """The event is set although nothing waited for it when the worker crashed."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.with_nursery, pool_size=1) as session:
+        resource = await session.block_checkout()
+        resource.get().crash.set()
+        await wait_all_tasks_blocked()
+        assert resource.lost.is_set()
+        session.checkin(resource)
+
+
+async def test_why_it_crashed_is_known_when_it_is_closed() -> None:
+    """Until then the client is told that it crashed, without a cause."""
+    shop = Workshop()
+    proceed = trio.Event()
+
+    async def close_slowly(_: Tool) -> None:
+        await proceed.wait()
+
+    shop.before_close = close_slowly
+    async with whitepool.open_pool(shop.with_nursery, pool_size=1) as session:
+        resource = await session.block_checkout()
+        resource.get().crash.set()
+        await resource.lost.wait()
+        with pytest.raises(whitepool.WorkerLost) as caught:
+            resource.get()
+        assert caught.value.__cause__ is None
+        proceed.set()
+        await wait_all_tasks_blocked()
+        with pytest.raises(whitepool.WorkerLost, match="the background task crashed"):
+            resource.get()
+        session.checkin(resource)
+
+
+async def test_a_worker_that_a_client_destroyed_is_not_lost() -> None:
+    """Only a crash is; a client may still look at what the pool has closed for another reason."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1) as session:
+        resource = await session.block_checkout()
+        await session.safe_shutdown(0)
+        assert resource.get().closed
+        assert not resource.lost.is_set()
+        session.checkin(resource)

@@ -66,6 +66,7 @@ Reason = overflow | idle | lifetime | shutdown | crashed | hung_up | check_faile
             | reset_failed | hook_failed | leaked
 class Resource
     def get()
+    lost
 class Session
     async def block_checkout(timeout=5.0)
     def checkin(resource)
@@ -76,6 +77,7 @@ class Session
     async def safe_shutdown(timeout=inf)
     def statistics()
     def worker(timeout=5.0)
+class WorkerLost(PoolError)
 class WorkerManager
     async def check(worker)
     async def close(worker)

@@ -9,6 +9,7 @@ from ._errors import (
     PoolFull,
     PoolOverloaded,
     PoolStartError,
+    WorkerLost,
 )
 from ._hooks import Hooks
 from ._manager import WorkerManager
@@ -30,6 +31,7 @@ __all__ = [
     "Reason",
     "Resource",
     "Session",
+    "WorkerLost",
     "WorkerManager",
     "open_pool",
 ]

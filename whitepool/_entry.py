@@ -9,6 +9,8 @@ from enum import Enum
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
+    import trio
+
     from ._worker_task import WorkerTask
 
 T = TypeVar("T")
@@ -99,6 +101,8 @@ class Entry(Generic[T]):
 
     __slots__ = (
         "can_be_checked",
+        "crash",
+        "crashed",
         "evict_reason",
         "expires_at",
         "fileno",
@@ -134,6 +138,10 @@ class Entry(Generic[T]):
         """Seconds that opening it took."""
         self.expires_at = math.inf
         """When it has reached its `max_lifetime`."""
+        self.crashed: trio.Event | None = None
+        """Set when the worker crashes. Made when a client asks for it, which is rare."""
+        self.crash: Exception | None = None
+        """Why it crashed, as far as it is known yet."""
         self.in_use_since = -math.inf
         """When it was last handed to a client."""
         self.idle_since = -math.inf

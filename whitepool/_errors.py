@@ -30,6 +30,13 @@ class PoolStartError(PoolError):
     """
 
 
+class WorkerLost(PoolError):
+    """The worker has crashed while its client had it (`Resource.get`).
+
+    A task in its own nursery has raised: `__cause__` is that error, once the worker has been closed.
+    """
+
+
 class NotCheckedOut(PoolError):
     """The resource has been returned already, or it belongs to another pool."""
 

@@ -22,7 +22,7 @@ from trio.lowlevel import (
 from . import _overload as overload
 from ._checks import check_seconds
 from ._entry import Entry, State
-from ._errors import NotCheckedOut, PoolClosed, PoolFull
+from ._errors import NotCheckedOut, PoolClosed, PoolFull, WorkerLost, describe
 from ._hooks import call, call_now
 from ._nesting import Holder
 from ._scheduling import NOOP, NoopAwaitable, TimeSlice
@@ -53,10 +53,37 @@ class Resource(Holder[T]):
         return self._entry
 
     def get(self) -> T:
-        """Return the worker itself. Raises `NotCheckedOut` once the resource has been returned."""
+        """Return the worker itself.
+
+        Raises `NotCheckedOut` once the resource has been returned, and `WorkerLost` if the worker has
+        crashed meanwhile.
+        """
+        entry = self._checked_out()
+        if entry.evict_reason == "crashed":
+            raise WorkerLost(
+                "the worker crashed while it was checked out"
+                + (f": {describe(entry.crash)}" if entry.crash else "")
+            ) from entry.crash
+        return entry.worker
+
+    @property
+    def lost(self) -> trio.Event:
+        """An event that is set when the worker crashes while it is checked out; then `get` says why.
+
+        Wait for it beside an answer that a dead worker would never give. Raises `NotCheckedOut` once
+        the resource has been returned.
+        """
+        entry = self._checked_out()
+        if entry.crashed is None:
+            entry.crashed = trio.Event()
+            if entry.evict_reason == "crashed":
+                entry.crashed.set()
+        return entry.crashed
+
+    def _checked_out(self) -> Entry[T]:
         if self._entry is None:
             raise NotCheckedOut("the resource has been returned: it has no worker any more")
-        return self._entry.worker
+        return self._entry
 
     def __repr__(self) -> str:
         state = "returned" if self._entry is None else "checked out"

@@ -321,9 +321,12 @@ class Supervisor(Generic[T]):
         # If the pool has asked for it, the worker is being closed already, and this does nothing. A
         # crash is logged in `on_closed`, when its error is known.
         self.evict(entry, "crashed", is_logged=True)
+        if entry.evict_reason == "crashed" and entry.crashed is not None:
+            entry.crashed.set()
 
     def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
         if entry.evict_reason == "crashed":
+            entry.crash = error
             reason = describe(error) if error else "its lifespan ended by itself"
             self._log.throttled_warning("worker_lost", reason="crashed", error=reason)
         elif entry.evict_reason is not None and error is not None:
