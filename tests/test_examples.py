@@ -60,7 +60,7 @@ def test_actors() -> None:
         "6 * 7 = 42",
         "exit(): WorkerLost",
         "2 ** 10 = 1024",
-        "3 actors were started, 1 was lost",
+        "1 actor was lost",
     ]
 
 

@@ -18,6 +18,7 @@ from workshop import Manager, Workshop
 
 import whitepool
 from whitepool._log import log
+from whitepool._manager import on_discarded
 
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "logs.md"
 
@@ -86,6 +87,14 @@ async def a_reset_fails(shop: Workshop, manager: Manager) -> None:
     await use(manager)
 
 
+async def writes_are_discarded(shop: Workshop, manager: Manager) -> None:
+    async def roll_back(_: object) -> None:
+        on_discarded.get()()
+
+    manager.before_reset = roll_back
+    await use(manager)
+
+
 async def a_hook_fails(shop: Workshop, manager: Manager) -> None:
     await use(manager, after_release=fail)
 
@@ -117,6 +126,7 @@ TROUBLES = (
     a_worker_crashes,
     a_start_fails_and_the_next_does_not,
     a_reset_fails,
+    writes_are_discarded,
     a_hook_fails,
     a_hook_fails_before_the_reset,
     closing_fails,

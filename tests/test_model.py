@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, assume, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from outcome import Outcome, Value, capture
 from timing import Hangs, alarm
-from workshop import Manager, Tool, Workshop, check_books
+from workshop import Manager, Tool, Workshop, check_books, tool_of
 
 import whitepool
 
@@ -282,7 +282,7 @@ class PoolMachine(RuleBasedStateMachine):
         client.ended_at = trio.current_time()
 
     def _receive(self, resource: whitepool.Resource[Tool]) -> None:
-        tool = resource.get()
+        tool = tool_of(resource)
         reasons = {
             "held by another client": self.held,
             "dirty": self.manager.dirty,
@@ -349,7 +349,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _give_back(self, which: int, way: str = "checkin") -> None:
         resource = self.leases.pop(which % len(self.leases))
-        tool = resource.get()
+        tool = tool_of(resource)
         self.held.remove(tool)
         if way == "leak":
             self.leaked += tool in self._tools_in_use([tool])
@@ -410,7 +410,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.leases)
     @rule(which=any_of, how=deaths)
     def a_busy_worker_dies(self, which: int, how: str) -> None:
-        self.trio.run(self._kill, self.leases[which % len(self.leases)].get(), how)
+        self.trio.run(self._kill, tool_of(self.leases[which % len(self.leases)]), how)
 
     @rule(mood=moods)
     def opening_is(self, mood: str) -> None:
@@ -534,7 +534,7 @@ class PoolMachine(RuleBasedStateMachine):
     def _the_books_add_up(self) -> None:
         now = self.session._supervisor.statistics()
         check_books(self.session)
-        assert now.in_use == len(self._tools_in_use([resource.get() for resource in self.leases]))
+        assert now.in_use == len(self._tools_in_use([tool_of(resource) for resource in self.leases]))
         assert now.waiting == len(self.waiting)
         assert now.leaked == self.leaked
         ends = [client.end for client in self.clients]

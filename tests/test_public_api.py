@@ -44,6 +44,7 @@ class PoolStartError(PoolError)
 class PoolStatistics
     checkouts
     destroyed
+    discarded
     idle
     in_use
     leaked
@@ -100,6 +101,8 @@ class PostgresManager(WorkerManager)
     def is_alive(worker)
     def needs_reset(worker)
     async def reset(worker)
+class PostgresSession(Session)
+    def connection(timeout=5.0)
 class TrioConnection(AsyncConnection)
     def __init__(pgconn, row_factory=None)
     async def cancel_safe(*, timeout=30.0)

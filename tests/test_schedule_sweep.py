@@ -16,7 +16,7 @@ import trio
 import trio.testing
 from timing import alarm
 from trio._core import _run
-from workshop import Manager, Tool, Workshop, check_books, open_checked_pool
+from workshop import Manager, Tool, Workshop, check_books, open_checked_pool, tool_of
 
 import whitepool
 
@@ -126,7 +126,7 @@ class Storm:
         self.outcomes.append(outcome)
 
     async def _use(self, resource: whitepool.Resource[Tool]) -> None:
-        chance, tool = self.chance, resource.get()
+        chance, tool = self.chance, tool_of(resource)
         assert tool not in self.held, "it was given to two"
         assert tool not in self.manager.dirty, "it was given out dirty"
         assert tool not in self.manager.dead, "it was given out dead"

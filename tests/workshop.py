@@ -128,6 +128,12 @@ async def use(session: whitepool.Session[Any], timeout: float = 5.0) -> None:
         pass
 
 
+def tool_of(resource: whitepool.Resource[Tool]) -> Tool:
+    """Return the worker of a resource, even if it has crashed."""
+    assert resource._entry is not None
+    return resource._entry.worker
+
+
 def check_books(pool: whitepool.Session[Any] | whitepool.PoolStatistics) -> None:
     """Raise AssertionError unless a pool's books add up: its statistics, and its roster.
 

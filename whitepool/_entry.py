@@ -100,7 +100,9 @@ class Entry(Generic[T]):
     """The record of one worker. It is plain data: its worker task and the supervisor act on it."""
 
     __slots__ = (
+        "after_hook",
         "can_be_checked",
+        "checked_out_at",
         "crash",
         "crashed",
         "evict_reason",
@@ -144,6 +146,9 @@ class Entry(Generic[T]):
         """Why it crashed, as far as it is known yet."""
         self.in_use_since = -math.inf
         """When it was last handed to a client."""
+        self.checked_out_at = ""
+        """Where its last client had checked it out, for what a reset has to tell. It is noted at the
+        return, and only if a reset follows."""
         self.idle_since = -math.inf
         """When it last became ready for a client. A probe does not change this."""
         self.probed_at = -math.inf
@@ -155,6 +160,7 @@ class Entry(Generic[T]):
         # None if the manager does not override the method: then it is not called.
         self.is_alive: Callable[[T], bool] | None = None
         self.needs_reset: Callable[[T], bool] | None = None
+        self.after_hook: Callable[[T, str], None] | None = None
         self.can_be_checked = False
 
     @property

@@ -44,7 +44,8 @@ class Hooks:
 
     on_checkin: Hook | None = None
     """Called with each returned worker, in its own task, before it is reset; within `reset_timeout`.
-    One that raises destroys the worker."""
+    One that raises destroys the worker. If it is a connection to PostgreSQL, a transaction that its
+    client has left open is rolled back first."""
 
     after_release: Hook | None = None
     """Called without arguments when a returned worker may be used again, in the worker's task, within

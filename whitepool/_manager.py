@@ -6,12 +6,15 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, Union, cast
 
 import trio
 
 from ._checks import check_call, check_plain, did_you_mean
 from ._errors import PoolStartError
+
+if TYPE_CHECKING:
+    from ._session import Session
 
 T = TypeVar("T")
 
@@ -31,6 +34,10 @@ METHOD_ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 """What each method of a manager is called with."""
 
+on_discarded: ContextVar[Callable[[], None]] = ContextVar("on_discarded", default=lambda: None)
+"""For a manager to call in its `reset`, if that throws away what a client has written. Each worker task
+sets this context variable, because `reset` may be the user's own, which calls the one it overrides."""
+
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
 
@@ -40,6 +47,9 @@ class WorkerManager(Generic[T]):
     The asynchronous methods run in the worker's own task. The others are called whenever a worker
     changes hands: they must be quick, and must do no I/O.
     """
+
+    _session_class: ClassVar[type[Session[Any]] | None] = None
+    """What clients of the pool hold. None: a `Session`."""
 
     async def create(self) -> T:
         """Open a worker.
@@ -94,11 +104,25 @@ class WorkerManager(Generic[T]):
         Override it for workers that need a nursery of their own. It is entered and left in the worker's
         own task. When one of its background tasks crashes, the worker is replaced.
         """
+        async with _closing(await self._create_ready(), self) as worker:
+            yield worker
+
+    async def _create_ready(self) -> T:
+        """Make a worker ready for its first client. Default: all there is to do is `create`."""
+        return await self._created()
+
+    async def _created(self) -> T:
+        """Call `create`. Raises `PoolStartError` if it is not async, as that would not change."""
         made: object = self.create()
         if not inspect.isawaitable(made):
             raise PoolStartError(f"create must be async, but it returned {type(made).__name__}")
-        async with _closing(cast("T", await made), self) as worker:
-            yield worker
+        return cast("T", await made)
+
+    async def _before_on_checkin(self, worker: T) -> None:
+        """Undo what the client has left half done, as far as the hook `on_checkin` must not see it."""
+
+    def _after_hook(self, worker: T, hook: str) -> None:
+        """Raise an error if that hook has left the worker in a state in which no client may get it."""
 
 
 class FactoryManager(WorkerManager[T]):
@@ -149,7 +173,8 @@ def _check_manager(manager: WorkerManager[Any]) -> None:
         if getattr(getattr(manager, method), "__func__", None) is not getattr(WorkerManager, method)
     }
     if not overridden & {"create", "lifespan"}:
-        misspelt = [word for word in dir(manager) if did_you_mean(word, ("create", "lifespan"))]
+        public = [word for word in dir(manager) if not word.startswith("_")]
+        misspelt = [word for word in public if did_you_mean(word, ("create", "lifespan"))]
         hint = f": did you mean that by {misspelt[0]}?" if misspelt else ""
         raise TypeError(f"{name} implements neither create nor lifespan{hint}")
     for method in sorted(overridden):

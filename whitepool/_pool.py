@@ -70,7 +70,7 @@ class Pool(Options, Generic[T]):
         factory = self.factory
         manager = factory if isinstance(factory, WorkerManager) else FactoryManager(factory)
         supervisor = Supervisor(manager, options=self)
-        session = Session(supervisor)
+        session: Session[T] = (manager._session_class or Session)(supervisor)
         try:
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 nursery.start_soon(supervisor.run)

@@ -8,9 +8,10 @@ import os
 import tracemalloc
 import warnings
 from contextlib import AbstractAsyncContextManager
+from functools import cache
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import trio
 from trio.lowlevel import (
@@ -30,6 +31,7 @@ from ._statistics import PoolStatistics
 from ._supervisor import ALIVE_BYPASS_WINDOW, Supervisor
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Session[Any]")
 
 BUSY_TIME = 0.001
 """Seconds for which tasks that always find an idle worker may keep the event loop to themselves."""
@@ -160,7 +162,7 @@ class Session(Generic[T]):
             entry, since = await self._queue.wait(timeout)
             resource = self._hand_out(entry, since)
         if self._on_checkout is not None:
-            await self._call_on_checkout(resource)
+            await self._call_on_checkout(resource, entry)
         return resource
 
     @enable_ki_protection
@@ -187,7 +189,8 @@ class Session(Generic[T]):
             self._supervisor.request_worker()
             entry, since = await self._queue.wait_nonblocking()
             resource = self._hand_out(entry, since)
-        await self._call_on_checkout(resource)
+        if self._on_checkout is not None:
+            await self._call_on_checkout(resource, entry)
         return resource
 
     @enable_ki_protection
@@ -204,7 +207,9 @@ class Session(Generic[T]):
             raise trio.WouldBlock
         resource = self._hand_out(entry, entry.in_use_since)
         try:
-            call_now("on_checkout", self._on_checkout, resource.get())
+            call_now("on_checkout", self._on_checkout, entry.worker)
+            if self._on_checkout is not None and entry.after_hook is not None:
+                entry.after_hook(entry.worker, "on_checkout")
         except BaseException:
             self.checkin(resource)
             raise
@@ -237,9 +242,11 @@ class Session(Generic[T]):
         self._counters["checkouts"] += 1
         return Resource(self, entry)
 
-    async def _call_on_checkout(self, resource: Resource[T]) -> None:
+    async def _call_on_checkout(self, resource: Resource[T], entry: Entry[T]) -> None:
         try:
-            await call(self._on_checkout, resource.get())
+            await call(self._on_checkout, entry.worker)
+            if entry.after_hook is not None:
+                entry.after_hook(entry.worker, "on_checkout")
         except BaseException:
             self.checkin(resource)
             raise
@@ -253,7 +260,9 @@ class Session(Generic[T]):
         happen later, in the worker's own task. Raises `NotCheckedOut` for a resource that has been
         returned already, or that belongs to another pool.
         """
-        self._supervisor.take_back(self._redeem(resource))
+        entry = self._redeem(resource)
+        if self._supervisor.take_back(entry):
+            entry.checked_out_at = _origin(resource)
 
     @enable_ki_protection
     def destroyed(self, resource: Resource[T]) -> None:
@@ -372,7 +381,9 @@ class _Lease(AbstractAsyncContextManager[T], Holder[T]):
         if self._resource is not None:
             raise RuntimeError("this block has been entered already: call worker() for each block")
         self._resource = resource = await self._session.block_checkout(self._timeout)
-        return resource.get()
+        # Not `get`, which raises if the worker has crashed since: then the block would not be entered,
+        # and its worker not be returned.
+        return resource._checked_out().worker
 
     @enable_ki_protection
     def __aexit__(  # type: ignore[override]  # a plain function, see `NoopAwaitable`
@@ -395,14 +406,12 @@ class Observer(Protocol):
 
 
 class ObservedSession(Session[T]):
-    """A session that reports its checkouts to an observer.
+    """A session that reports its checkouts to an observer; `observed` makes one.
 
     It is another session of the same pool, so the first one is not slowed by it.
     """
 
-    def __init__(self, session: Session[T], observer: Observer) -> None:
-        super().__init__(session._supervisor)
-        self._observer = observer
+    _observer: Observer
 
     def _hand_out(self, entry: Entry[T], since: float) -> Resource[T]:
         self._observer.on_checkout(entry.in_use_since - since)
@@ -414,3 +423,18 @@ class ObservedSession(Session[T]):
         if isinstance(resource._session, ObservedSession):
             self._observer.on_return(self._now() - entry.in_use_since)
         return entry
+
+
+def observed(session: S, observer: Observer) -> S:
+    """Return a session of the same pool, and of the same kind, that reports to an observer."""
+    kind: Any = type(session)
+    new: Any = _observed_class(kind)(session._supervisor)
+    new._observer = observer
+    return cast("S", new)
+
+
+@cache
+def _observed_class(kind: type[Session[Any]]) -> type[Session[Any]]:
+    if issubclass(kind, ObservedSession):
+        return kind
+    return type(f"Observed{kind.__name__}", (ObservedSession, kind), {})

@@ -15,9 +15,11 @@ COUNTERS = (
     "lost",
     "destroyed",
     "leaked",
+    "discarded",
 )
-"""What is counted from the opening on. `Session` counts the checkouts, `Supervisor` the timeouts and
-overloads, `Starter` the failed starts. `Roster` counts the workers that were started, and that left."""
+"""What is counted from the opening on. `Session` counts the checkouts, `Supervisor` the timeouts,
+overloads and discarded transactions, `Starter` the failed starts. `Roster` counts the workers that were
+started, and that left."""
 
 Counters = dict[str, int]
 """One number for each of `COUNTERS`. A plain dictionary: nothing is quicker to count in."""
@@ -96,3 +98,7 @@ class PoolStatistics:
 
     leaked: int
     """Workers whose resource was garbage-collected without having been returned."""
+
+    discarded: int
+    """Returns whose reset threw away what the client had written and not committed. Only a pool of
+    connections to PostgreSQL can know that."""

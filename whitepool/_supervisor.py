@@ -103,18 +103,20 @@ class Supervisor(Generic[T]):
                 entry.idle_since = now
             self.roster.move(entry, State.IDLE)
 
-    def take_back(self, entry: Entry[T]) -> None:
+    def take_back(self, entry: Entry[T]) -> bool:
         """Receive a worker from its client: evict it, have it reset, or admit it.
 
         Its state is IN_USE, or CLOSING if the pool has closed it meanwhile. What the manager raises is
-        logged: it is no fault of the client, who gets no error.
+        logged: it is no fault of the client, who gets no error. Returns whether the worker's own task
+        has to make it ready first.
         """
         now = self.now()
         if now > self._hangups_seen_at + ALIVE_BYPASS_WINDOW and self._hangups.watched:
             self._notice_hangups()
-        # 1. It has to leave, and may.
-        if entry.evict_reason is not None and self._evict_if_due(entry):
-            return
+        # 1. The pool has closed it while its client had it, or its peer has hung up.
+        if entry.evict_reason is not None and not entry.is_expiring:
+            self._evict_if_due(entry)
+            return False
         try:
             is_dead = entry.is_alive is not None and not entry.is_alive(entry.worker)
             needs_service = self._hooks_on_return or (
@@ -126,16 +128,22 @@ class Supervisor(Generic[T]):
         # 2. It has died while its client had it.
         if is_dead:
             self.evict(entry, "dead")
-        # 3. There is something to do first, which takes time: in its own task, after this returns.
+        # 3. There is something to do first, which takes time: in its own task, after this returns. That
+        #    goes for one that is to be replaced, too: its client may have to be told of its writes.
         elif needs_service:
             self.roster.move(entry, State.SERVICING)
             entry.task.reset()
-        # 4. It is ready for its next client, and no task waits for it: the usual case.
+            return True
+        # 4. It is to be replaced, and may go.
+        elif entry.evict_reason is not None and self._evict_if_due(entry):
+            pass
+        # 5. It is ready for its next client, and no task waits for it: the usual case.
         elif not (self.queue.waiters or self.draining or self._no_lingering):
             self.roster.put_idle(entry, now)
-        # 5. What becomes of it depends.
+        # 6. What becomes of it depends.
         else:
             self.admit(entry, now)
+        return False
 
     def evict(self, entry: Entry[T], reason: Reason, *, is_logged: bool = False) -> None:
         """Have a worker closed, or its opening given up, whatever its state.
@@ -313,6 +321,10 @@ class Supervisor(Generic[T]):
         else:
             self._log.throttled_warning(reason, error=describe(error))
         self.evict(entry, reason, is_logged=True)
+
+    def on_discarded(self, entry: Entry[T]) -> None:
+        self.counters["discarded"] += 1
+        self._log.throttled_warning("writes_discarded", checked_out_at=entry.checked_out_at)
 
     def on_hook_failed(self, hook: str, error: Exception) -> None:
         self._log.throttled_warning("hook_failed", hook=hook, error=describe(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import trio
@@ -17,7 +18,7 @@ from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protect
 from ._entry import Entry, Reason, State
 from ._errors import PoolStartError, unwrapped
 from ._hooks import call
-from ._manager import WorkerManager, close_timeout, manager_of
+from ._manager import WorkerManager, close_timeout, manager_of, on_discarded
 from ._options import Options
 
 T = TypeVar("T")
@@ -37,6 +38,9 @@ class Owner(Protocol[T]):
 
     def on_service_failed(self, entry: Entry[T], reason: Reason, error: Exception) -> None:
         """The worker could not be reset, or does not answer. It has to leave."""
+
+    def on_discarded(self, entry: Entry[T]) -> None:
+        """A reset has thrown away what the client of the worker had written."""
 
     def on_hook_failed(self, hook: str, error: Exception) -> None:
         """A hook has failed whose failure changes nothing."""
@@ -112,6 +116,7 @@ class WorkerTask(Generic[T]):
         # The one scope around everything bounds first the opening, then nothing, then the closing.
         self._life.deadline = begun + options.start_timeout
         close_timeout.set(options.close_timeout)
+        on_discarded.set(partial(owner.on_discarded, entry))
         try:
             with self._life:
                 lifespan = self._manager.lifespan()
@@ -121,7 +126,7 @@ class WorkerTask(Generic[T]):
                     )
                 async with lifespan as entry.worker:
                     try:
-                        await call(options.hooks.on_create, entry.worker)
+                        await self._call_on_create()
                         # A worker that was not open within `start_timeout` is a failed start, even if
                         # no checkpoint has noticed the deadline.
                         await checkpoint_if_cancelled()
@@ -152,6 +157,12 @@ class WorkerTask(Generic[T]):
             owner.on_open_failed(entry, failure or too_slow, begun)
         owner.on_closed(entry, failure)
 
+    async def _call_on_create(self) -> None:
+        worker, on_create = self._entry.worker, self._options.hooks.on_create
+        if on_create is not None:
+            await call(on_create, worker)
+            manager_of(worker, self._manager)._after_hook(worker, "on_create")
+
     def _bind_callbacks(self) -> None:
         """Note in the entry what there is to ask of the worker when it changes hands.
 
@@ -165,6 +176,8 @@ class WorkerTask(Generic[T]):
             entry.is_alive = manager.is_alive
         if kind.needs_reset is not WorkerManager.needs_reset:
             entry.needs_reset = manager.needs_reset
+        if kind._after_hook is not WorkerManager._after_hook:
+            entry.after_hook = manager._after_hook
         entry.can_be_checked = kind.check is not WorkerManager.check
         fileno = entry.fileno = manager.fileno(entry.worker)
         if not (fileno is None or isinstance(fileno, int)):
@@ -187,9 +200,9 @@ class WorkerTask(Generic[T]):
     async def _reset_with_hooks(self) -> None:
         """Make a returned worker ready: the hook `on_checkin`, a reset where it is needed, and the hook
         `after_release` when it may be used again."""
-        on_checkin = self._options.hooks.on_checkin
-        if on_checkin is not None and not await self._attempt(
-            "hook_failed", lambda: call(on_checkin, self._entry.worker)
+        if self._options.hooks.on_checkin is not None and not (
+            await self._attempt("reset_failed", self._prepare_for_on_checkin)
+            and await self._attempt("hook_failed", self._call_on_checkin)
         ):
             return
         if self._entry.needs_reset is not None and not await self._attempt(
@@ -198,6 +211,13 @@ class WorkerTask(Generic[T]):
             return
         self._owner.on_ready(self._entry)
         await self._call_quietly("after_release", self._options.reset_timeout)
+
+    async def _prepare_for_on_checkin(self) -> None:
+        await self._manager._before_on_checkin(self._entry.worker)
+
+    async def _call_on_checkin(self) -> None:
+        await call(self._options.hooks.on_checkin, self._entry.worker)
+        self._manager._after_hook(self._entry.worker, "on_checkin")
 
     async def _reset_where_needed(self) -> None:
         # Asked after the hook, because the hook may have left something to reset.

@@ -24,12 +24,12 @@ except ImportError as error:
     ) from error
 
 from . import __version__
-from ._session import ObservedSession, Session
+from ._session import Session, observed
 from ._supervisor import Supervisor
 
 __all__ = ["instrument"]
 
-T = TypeVar("T")
+S = TypeVar("S", bound=Session[Any])
 
 PREFIX = "db.client.connection."
 POOL_NAME, STATE = PREFIX + "pool.name", PREFIX + "state"
@@ -54,8 +54,10 @@ BOUNDARIES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 have for ``db.client.operation.duration``."""
 
 
-def instrument(session: Session[T], *, meter_provider: MeterProvider | None = None) -> Session[T]:
+def instrument(session: S, *, meter_provider: MeterProvider | None = None) -> S:
     """Return a session of the same pool that measures its checkouts; use it in place of the other.
+
+    It is of the same kind: one of connections to PostgreSQL has `connection`, too.
 
     What the pool itself knows (how many workers there are and who waits for one, how long starts
     take) is reported from now on until it is closed, whichever session is used. Without a
@@ -63,7 +65,7 @@ def instrument(session: Session[T], *, meter_provider: MeterProvider | None = No
     """
     panel = _panel(meter_provider)
     panel.watch(session._supervisor)
-    return ObservedSession(session, _Recorder(panel, session.name))
+    return observed(session, _Recorder(panel, session.name))
 
 
 class _Recorder:

@@ -166,7 +166,7 @@ async def test_a_failure_to_configure_is_a_failure_to_start(
             start_timeout=0.3,
         ):
             raise AssertionError("opened")
-    assert type(caught.value.__cause__) is cause
+    assert isinstance(caught.value.__cause__, cause)
     assert message in str(caught.value.__cause__)
     await until(lambda: onlooker.backends(APPLICATION) == 0)
 

@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import trio
 from psycopg import AsyncCursor
 from psycopg.rows import DictRow, TupleRow, class_row, dict_row
 from typing_extensions import assert_type
 
 import whitepool
-from whitepool.postgres import PostgresManager, TrioConnection, connect, open_pool
+from whitepool.postgres import (
+    PostgresManager,
+    PostgresSession,
+    TrioConnection,
+    connect,
+    open_pool,
+)
+from whitepool.telemetry import instrument
 
 Session = whitepool.Session
 
@@ -34,12 +42,22 @@ async def one_connection() -> None:
 async def pools() -> None:
     # Its row factory is one of many keywords: the rows may be anything.
     async with open_pool("dbname=shop", pool_size=2, row_factory=dict_row) as session:
-        assert_type(session, Session[TrioConnection[Any]])
+        assert_type(session, PostgresSession[TrioConnection[Any]])
         async with session.worker() as connection:
             cursor = connection.cursor(row_factory=class_row(Account))
             assert_type(await cursor.fetchall(), list[Account])
-    async with whitepool.open_pool(PostgresManager("dbname=shop")) as session:
-        assert_type(session, Session[TrioConnection[Any]])
+        async with instrument(session).connection(timeout=1) as committing:
+            assert_type(committing, TrioConnection[Any])
+    async with whitepool.open_pool(PostgresManager("dbname=shop")) as plain:
+        assert_type(plain, Session[TrioConnection[Any]])
+
+
+async def a_service(nursery: trio.Nursery) -> None:
+    # Trio does not know what a task reports, so it has to be said.
+    pool = whitepool.Pool(PostgresManager("dbname=shop"))
+    session: PostgresSession[TrioConnection[Any]] = await nursery.start(pool.run_service)
+    async with session.connection() as connection:
+        assert_type(connection, TrioConnection[Any])
 
 
 async def pools_of_typed_connections() -> None:

@@ -10,9 +10,10 @@ except ImportError as error:
 from ._connection import TrioConnection, connect
 from ._manager import PostgresManager
 from ._pool import open_pool
+from ._session import PostgresSession
 
-__all__ = ["PostgresManager", "TrioConnection", "connect", "open_pool"]
+__all__ = ["PostgresManager", "PostgresSession", "TrioConnection", "connect", "open_pool"]
 
 # Classes say where they are imported from, not in which room they live.
-for _class in (PostgresManager, TrioConnection):
+for _class in (PostgresManager, PostgresSession, TrioConnection):
     _class.__module__ = __name__

@@ -7,20 +7,22 @@ the connection.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Union
 
 import psycopg
 from psycopg import pq
-from psycopg.abc import AdaptContext
 from psycopg.adapt import AdaptersMap
 from psycopg.generators import execute
 
+from .._checks import check_call
 from .._errors import PoolStartError
-from .._manager import WorkerManager
+from .._manager import WorkerManager, on_discarded
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, validate
 from ._connection import TrioConnection
+from ._session import PostgresSession
 from ._waiting import drive
 
 Connection = TrioConnection[Any]
@@ -30,6 +32,8 @@ Reset = Union[Literal["rollback", "session"], Configure]
 # Plain numbers, because they are compared at each checkin, and comparing enums costs more.
 _IDLE = int(pq.TransactionStatus.IDLE)
 _ACTIVE = int(pq.TransactionStatus.ACTIVE)
+_INTRANS = int(pq.TransactionStatus.INTRANS)
+_INERROR = int(pq.TransactionStatus.INERROR)
 _UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
 
@@ -99,6 +103,7 @@ class ConnectionManager(WorkerManager[Connection]):
     async def reset(self, worker: Connection) -> None:
         """Roll back, once no other task uses the connection any more.
 
+        If that throws away what the client has written, the statistics count it, and a warning says so.
         Raises `psycopg.ProgrammingError` if a block has not been left: its task could still run
         statements, and they would be part of the next client's transaction.
         """
@@ -108,12 +113,31 @@ class ConnectionManager(WorkerManager[Connection]):
             pass
         if worker.pgconn.transaction_status == _IDLE:
             return
-        await _run(worker, b"ROLLBACK")
+        if await _roll_back(worker):
+            on_discarded.get()()
         # As psycopg does at a rollback: statements may have been prepared in the transaction, or for
         # tables that were created in it.
         worker._prepared.clear()
         async with worker.lock:
             await drive(worker._prepared.maintain_gen(worker), worker.pgconn.socket)
+
+    async def _before_on_checkin(self, worker: Connection) -> None:
+        """End the client's transaction: what the hook does in it would be rolled back with it."""
+        if ConnectionManager.needs_reset(self, worker):
+            await ConnectionManager.reset(self, worker)
+
+    def _after_hook(self, worker: Connection, hook: str) -> None:
+        """Raise an error if the hook has left a transaction open. Its effect would be rolled back.
+
+        That is `psycopg.ProgrammingError`, and for a new connection `whitepool.PoolStartError`, because
+        trying again would not help.
+        """
+        try:
+            _demand_no_transaction(worker, f"the hook {hook}")
+        except _Misused as error:
+            if hook == "on_create":
+                raise PoolStartError(str(error)) from error
+            raise
 
     async def check(self, worker: Connection) -> None:
         """Send an empty query, which starts no transaction, and wait for the answer."""
@@ -141,6 +165,8 @@ class PostgresManager(ConnectionManager):
     keyword that libpq would refuse. The message quotes no value, because it may be a password.
     """
 
+    _session_class = PostgresSession
+
     def __init__(
         self,
         conninfo: str = "",
@@ -153,10 +179,14 @@ class PostgresManager(ConnectionManager):
             raise TypeError(f"conninfo must be a str, not {type(conninfo).__name__}")
         if configure is not None and not callable(configure):
             raise TypeError(f"configure must be an async callable, not {configure!r}")
+        if configure is not None:
+            check_call("configure", configure, "connection")
         if isinstance(reset, str) and reset not in ("rollback", "session"):
             raise ValueError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
         if not isinstance(reset, str) and not callable(reset):
             raise TypeError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
+        if callable(reset):
+            check_call("reset", reset, "connection")
         validate(conninfo, connect_keywords)
         self._conninfo = conninfo
         self._configure = configure
@@ -167,19 +197,34 @@ class PostgresManager(ConnectionManager):
         return "<whitepool.postgres.PostgresManager>"  # the conninfo may hold a password
 
     async def create(self) -> Connection:
-        """Connect, and configure the connection.
+        """Connect.
 
-        Raises `whitepool.PoolStartError` if every host refuses for a reason that will not go away by
-        itself.
+        Override it to connect in another way, for example with a password that changes. It must leave
+        no transaction open. The connection that it returns is configured and reset like any other, and
+        a refusal that would only be repeated ends the opening of a pool like any other.
+        """
+        connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
+        return connection
+
+    async def _create_ready(self) -> Connection:
+        """Connect by `create`, whoever wrote it, and configure the connection.
+
+        Raises `whitepool.PoolStartError` if another attempt could only fail as well: every host refuses
+        for a reason that will not go away by itself, or a callable of the user's leaves a transaction
+        open.
         """
         try:
-            connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
+            connection = await self._created()
         except psycopg.OperationalError as error:
             if is_final(error):
                 raise PoolStartError(str(error)) from error
             raise
         try:
+            _demand_no_transaction(connection, "create")
             await self._set_up(connection)
+        except _Misused as error:
+            await connection.close()
+            raise PoolStartError(str(error)) from error
         except BaseException:
             await connection.close()
             raise
@@ -195,12 +240,11 @@ class PostgresManager(ConnectionManager):
             await super().reset(worker)
         if self._reset == "session":
             await _run(worker, _DISCARD_SESSION)
-            _forget_client(worker, self._new, self._keywords.get("context"))
+            _forget_client(worker, self._new, self._new_adapters)
             await self._set_up(worker)
         elif callable(self._reset):
-            with closing_if_cancelled(worker):
-                await self._reset(worker)
-            self._demand_no_transaction(worker, "reset")
+            await _call(self._reset, worker, "reset")
+            _demand_no_transaction(worker, "reset")
 
     async def _set_up(self, connection: Connection) -> None:
         """Configure a connection that is new, or as good as new.
@@ -209,15 +253,10 @@ class PostgresManager(ConnectionManager):
         """
         if self._reset == "session":
             self._new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
+            self._new_adapters = _copied(connection._adapters)
         if self._configure is not None:
-            with closing_if_cancelled(connection):
-                await self._configure(connection)
-            self._demand_no_transaction(connection, "configure")
-
-    def _demand_no_transaction(self, connection: Connection, culprit: str) -> None:
-        """Raise `psycopg.ProgrammingError` if the user's callable has left the connection in use."""
-        if super().needs_reset(connection):
-            raise psycopg.ProgrammingError(f"{culprit} left a transaction open")
+            await _call(self._configure, connection, "configure")
+            _demand_no_transaction(connection, "configure")
 
 
 # A bare factory of connections is enough for a pool: it asks their class how to treat them. Set here,
@@ -225,7 +264,68 @@ class PostgresManager(ConnectionManager):
 TrioConnection.__worker_manager__ = ConnectionManager()
 
 
-async def _run(connection: Connection, command: bytes) -> None:
+class _Misused(psycopg.ProgrammingError):
+    """A callable of the user's does what it must not do: trying again would not help."""
+
+
+async def _call(function: Configure, connection: Connection, name: str) -> None:
+    """Call a callable of the user's with a connection for which there is no use unless it succeeds."""
+    made: object = function(connection)
+    if not inspect.isawaitable(made):
+        raise _Misused(f"{name} must be async: it returned {type(made).__name__}, not an awaitable")
+    with closing_if_cancelled(connection):
+        await made
+
+
+def _demand_no_transaction(connection: Connection, culprit: str) -> None:
+    """Raise `psycopg.ProgrammingError` if the user's callable has left the connection in use."""
+    if connection.closed:
+        raise psycopg.ProgrammingError(f"{culprit} closed the connection")
+    if TrioConnection.__worker_manager__.needs_reset(connection):
+        raise _Misused(
+            f"{culprit} left a transaction open: end it with commit(), or connect with autocommit=True"
+        )
+
+
+def _copied(adapters: AdaptersMap | None) -> AdaptersMap | None:
+    """Return a copy of a connection's own adapters. None: it has none, and uses psycopg's."""
+    return None if adapters is None else AdaptersMap(adapters)
+
+
+async def _roll_back(connection: Connection) -> bool:
+    """Roll back, and return whether that throws away what the transaction has written.
+
+    In a transaction that has failed there is no asking: its client has had the error.
+    """
+    pgconn = connection.pgconn
+    question = _has_written(pgconn.server_version)
+    if question and pgconn.transaction_status == _INTRANS:
+        try:
+            # One message, so the question costs no round trip.
+            answer, *_ = await _run(connection, question + b"; ROLLBACK")
+            return answer.get_value(0, 0) is not None
+        except psycopg.Error:
+            # A server that is not quite PostgreSQL may not know the function.
+            if pgconn.transaction_status != _INERROR:
+                raise
+    await _run(connection, b"ROLLBACK")
+    return False
+
+
+def _has_written(server_version: int) -> bytes:
+    """Return a query for the number of the current transaction; empty: the server knows none.
+
+    A transaction gets its number when it first writes anything, or locks a row. Its result is NULL as
+    long as it has none.
+    """
+    if server_version >= 130000:
+        return b"SELECT pg_catalog.pg_current_xact_id_if_assigned()"
+    if server_version >= 100000:
+        return b"SELECT pg_catalog.txid_current_if_assigned()"
+    return b""
+
+
+async def _run(connection: Connection, command: bytes) -> list[pq.abc.PGresult]:
     """Run a command of the pool's own, without a cursor, and without a transaction around it.
 
     It does not go through the connection's `wait`, which would cancel a command that takes too long on
@@ -234,19 +334,21 @@ async def _run(connection: Connection, command: bytes) -> None:
     pgconn = connection.pgconn
     async with connection.lock:
         pgconn.send_query(command)
-        for result in await drive(execute(pgconn), pgconn.socket):
-            if result.status == pq.ExecStatus.FATAL_ERROR:
-                raise psycopg.errors.error_from_result(result)
+        results: list[pq.abc.PGresult] = await drive(execute(pgconn), pgconn.socket)
+    for result in results:
+        if result.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(result)
+    return results
 
 
-def _forget_client(connection: Connection, new: dict[str, Any], context: AdaptContext | None) -> None:
+def _forget_client(connection: Connection, new: dict[str, Any], adapters: AdaptersMap | None) -> None:
     """Restore what a client may have changed on the client's side of the session.
 
     Call it when the server has discarded its side, prepared statements included.
     """
     for name, value in new.items():
         setattr(connection, name, value)
-    connection._adapters = AdaptersMap(context.adapters) if context else None
+    connection._adapters = _copied(adapters)
     connection._notice_handlers.clear()
     connection._notify_handlers.clear()
     backlog = getattr(connection, "_notifies_backlog", None)  # new in psycopg 3.2.4

@@ -9,8 +9,8 @@ from typing import Any
 from .._hooks import Hooks
 from .._options import NO_HOOKS, Strategy
 from .._pool import Pool
-from .._session import Session
 from ._manager import Configure, Connection, PostgresManager, Reset
+from ._session import PostgresSession
 
 # The options are listed one by one, so that an editor, `help` and a type checker know them, and that
 # whatever is left is for connecting. Their types and defaults are those of `Options`.
@@ -39,10 +39,10 @@ def open_pool(
     patience: float = 0.4,
     hooks: Hooks = NO_HOOKS,
     **connect_keywords: Any,
-) -> AbstractAsyncContextManager[Session[Connection]]:
+) -> AbstractAsyncContextManager[PostgresSession[Connection]]:
     """Open a pool of connections to PostgreSQL for the length of an ``async with`` block.
 
-    This is `whitepool.open_pool` with a `PostgresManager`, and the block gets a `whitepool.Session`.
+    This is `whitepool.open_pool` with a `PostgresManager`, and the block gets a `PostgresSession`.
     `PostgresManager` explains `conninfo`, `configure`, `reset` and the connect keywords;
     `whitepool.Pool` explains the options of the pool. Times are in seconds.
 
@@ -72,4 +72,5 @@ def open_pool(
         hooks=hooks,
     )
     # `grace` is for `Pool.run_service`, whose clients may be cancelled beside it.
-    return pool._open(grace=0)
+    opening: AbstractAsyncContextManager[Any] = pool._open(grace=0)
+    return opening
