@@ -19,7 +19,8 @@ class PoolClosed(PoolError):
 
 
 class PoolFull(PoolError):
-    """Clients hold every worker that may exist (`Session.nonblock_checkout`)."""
+    """Every worker that may exist is held by a client, or promised to a task that waits
+    (`Session.nonblock_checkout`)."""
 
 
 class PoolStartError(PoolError):
@@ -51,7 +52,10 @@ class CheckoutTimeout(PoolError, trio.TooSlowError):
 
 
 class PoolOverloaded(CheckoutTimeout):
-    """A `CheckoutTimeout` that comes early: waiting longer would not have helped."""
+    """A `CheckoutTimeout` that comes early, because the wait queue grows, or is full.
+
+    The tasks that are served then have time left for their work.
+    """
 
 
 def describe(error: BaseException) -> str:

@@ -185,7 +185,7 @@ class Session(Generic[T]):
         else:
             if len(self._queue.waiters) >= self._supervisor.obtainable():
                 await cancel_shielded_checkpoint()
-                raise PoolFull(f"{self.name}: clients hold every worker that may exist")
+                raise PoolFull(f"{self.name}: clients, and tasks that wait, take up every worker")
             self._supervisor.request_worker()
             entry, since = await self._queue.wait_nonblocking()
             resource = self._hand_out(entry, since)
