@@ -126,12 +126,15 @@ async def test_python(page: Path, reachable: dict[str, str], tmp_path: Path) -> 
 class Program(AbstractAsyncContextManager["Program"]):
     """A program in a process of its own, which does not outlive the block."""
 
-    def __init__(self, process: trio.Process) -> None:
+    def __init__(self, process: trio.Process, errors: Path) -> None:
         self.process = process
+        self.errors = errors
+        """What it prints on stderr."""
 
     async def __aexit__(self, *_: object) -> None:
         self.process.kill()
         await self.process.wait()
+        sys.stderr.write(self.errors.read_text())
 
 
 class Page:
@@ -176,7 +179,12 @@ class Page:
         self.executed += len(self.files.intersection(files))
         self.files.difference_update(files)
         command = [sys.executable, "-X", "dev", str(self.folder / files[-1])]
-        return Program(await trio.lowlevel.open_process(command, env={**os.environ, **environment}))
+        errors = self.folder / "stderr"
+        with errors.open("w") as stderr:
+            process = await trio.lowlevel.open_process(
+                command, env={**os.environ, **environment}, stderr=stderr
+            )
+        return Program(process, errors)
 
     async def finish(self, file: str) -> str:
         """Run a file to its end, and return what it prints."""
