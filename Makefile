@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help bench docs demo test test-pgbouncer lint types clean
+.PHONY: help bench docs demo test test-pgbouncer lint types fuzz clean
 
 help:
 	@echo "make demo   the main job, against a PostgreSQL of its own"
 	@echo "make test   the tests, with branch coverage"
 	@echo "make test-pgbouncer   those that need PgBouncer"
+	@echo "make fuzz   a hundred thousand seeds against a mad server, and Ctrl-C at 25,000 instants: an hour"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict"
 	@echo "make bench  the benchmarks, in ten minutes, in an environment of their own"
@@ -24,6 +25,11 @@ test: $(VENV)/installed
 # PgBouncer is not on PyPI: install it first, with the system's package manager.
 test-pgbouncer: $(VENV)/installed
 	$(BIN)/python -m pytest -m pgbouncer
+
+# CI runs both with fewer. Other seeds: make fuzz FUZZ_FIRST=100000
+fuzz: $(VENV)/installed
+	FUZZ_SEEDS=$${FUZZ_SEEDS:-100000} CTRL_C_INSTANTS=$${CTRL_C_INSTANTS:-2000} \
+	$(BIN)/python -m pytest -q -n 2 tests/postgres/test_fuzz.py tests/postgres/test_ctrl_c.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

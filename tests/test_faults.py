@@ -440,11 +440,12 @@ async def test_silence_during_a_query(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that gives up on a silent server leaves a closed connection, which is replaced."""
-    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 0.4)
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
             dsn = make_conninfo(server.dsn, **proxy.address)
-            async with open_pool(dsn, pool_size=1, max_overflow=0, start_timeout=0.5) as session:
+            async with open_pool(
+                dsn, pool_size=1, max_overflow=0, start_timeout=0.5, cleanup_timeout=0.4
+            ) as session:
                 begun = trio.current_time()
                 with pytest.raises(trio.TooSlowError):
                     async with session.worker() as connection:
@@ -469,11 +470,10 @@ async def test_silence_during_a_query_with_an_older_libpq(
         with trio.CancelScope(shield=not abandon_on_cancel):
             await trio.sleep(3)
 
-    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 0.4)
     monkeypatch.setattr("psycopg.capabilities.has_cancel_safe", lambda: False)
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
-            connection = await connect(make_conninfo(server.dsn, **proxy.address))
+            connection = await connect(make_conninfo(server.dsn, **proxy.address), cleanup_timeout=0.4)
             # A real one would hang as well, but could not be got rid of.
             monkeypatch.setattr("trio.to_thread.run_sync", hanging_thread)
             begun = trio.current_time()
@@ -488,10 +488,9 @@ async def test_silence_when_a_transaction_is_left(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rollback that gets no answer delays a cancelled task by the time for cleaning up, once."""
-    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 1.0)
     with trio.fail_after(BOUND):
         async with open_proxy("127.0.0.1", server.port) as proxy:
-            connection = await connect(make_conninfo(server.dsn, **proxy.address))
+            connection = await connect(make_conninfo(server.dsn, **proxy.address), cleanup_timeout=1.0)
             with trio.move_on_after(0.1):
                 async with connection.transaction():
                     await connection.execute("SELECT 1")

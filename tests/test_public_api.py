@@ -106,14 +106,15 @@ class PostgresSession(Session)
 class TrioConnection(AsyncConnection)
     def __init__(pgconn, row_factory=None)
     async def cancel_safe(*, timeout=30.0)
+    cleanup_timeout
     async def close()
     async def connect(conninfo='', *, autocommit=False, prepare_threshold=5, context=None,
-            row_factory=None, cursor_factory=None, **kwargs)
+            row_factory=None, cursor_factory=None, cleanup_timeout=5.0, **kwargs)
     def pipeline()
     def transaction(savepoint_name=None, force_rollback=False)
     async def wait(gen, interval=None, timeout=None)
 async def connect(conninfo='', *, autocommit=False, prepare_threshold=5, context=None,
-            row_factory=None, cursor_factory=None, **kwargs)
+            row_factory=None, cursor_factory=None, cleanup_timeout=5.0, **kwargs)
 def open_pool(conninfo='', *, configure=None, reset='rollback', **connect_keywords) and the options
 # whitepool.telemetry
 def instrument(session, *, meter_provider=None)

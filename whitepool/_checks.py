@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+import trio
+
 
 def check_count(option: str, value: object, *, least: int = 0) -> None:
     """Raise unless `value` is an int, and `least` or more."""
@@ -48,3 +50,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a question that names the known word that is most like `name`; empty if there is none."""
     found = get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f": did you mean {found[0]}?" if found else ""
+
+
+def check_runs_on_trio(what: str) -> None:
+    """Raise `RuntimeError` if this is not called from a task of Trio's."""
+    try:
+        trio.lowlevel.current_task()
+    except RuntimeError:
+        raise RuntimeError(
+            f"{what} needs Trio, which does not run here: start your program with trio.run, "
+            "not with asyncio.run, and a service with a server that supports Trio, such as Hypercorn"
+        ) from None

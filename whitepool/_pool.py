@@ -17,7 +17,7 @@ from trio.lowlevel import enable_ki_protection
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-from ._checks import did_you_mean
+from ._checks import check_runs_on_trio, did_you_mean
 from ._manager import Factory, FactoryManager, WorkerManager, check_factory
 from ._options import Options
 from ._session import Session
@@ -61,7 +61,7 @@ class Pool(Options, Generic[T]):
     @enable_ki_protection
     async def _open(self, grace: float) -> AsyncIterator[Session[T]]:
         """Yield a session; at a normal exit drain it, else close everything after `grace` seconds."""
-        _check_runs_on_trio()
+        check_runs_on_trio("a pool")
         if self in _running:
             raise RuntimeError(
                 f"{self.name} is running: make a Pool for each time that it runs at once"
@@ -92,17 +92,6 @@ class Pool(Options, Generic[T]):
         finally:
             _running.discard(self)
         raise error  # outside of the `except`, so that the group is not its context
-
-
-def _check_runs_on_trio() -> None:
-    """Raise `RuntimeError` if this is not called from a task of Trio's."""
-    try:
-        trio.lowlevel.current_task()
-    except RuntimeError:
-        raise RuntimeError(
-            "a pool needs Trio, which does not run here: start your program with trio.run, "
-            "not with asyncio.run, and a service with a server that supports Trio, such as Hypercorn"
-        ) from None
 
 
 def _naming_misspelt_options(init: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
@@ -22,18 +26,15 @@ from embedded_postgres import EmbeddedPostgres
 from keyboard import listening_to_ctrl_c, press_ctrl_c
 from onlooker import Onlooker, freeze, thaw
 from proxy import open_proxy
-from psycopg import capabilities
+from psycopg import capabilities, pq
 from psycopg.conninfo import make_conninfo
 from timing import until
 from trio.testing import wait_all_tasks_blocked
 
-from whitepool.postgres import _cancelling, _connection, connect
+from whitepool.postgres import _cancel_requests, _connection, connect
 
 CAN_CANCEL_SAFELY = capabilities.has_cancel_safe()
-# psycopg in C keeps the GIL while a thread cancels: no task could play the network meanwhile.
-THREADS_LEAVE_ROOM = psycopg.pq.__impl__ == "python"
 WAYS = [*(["without a thread"] if CAN_CANCEL_SAFELY else []), "in a thread"]
-WAYS_THAT_LEAVE_ROOM = WAYS if THREADS_LEAVE_ROOM else WAYS[:1]
 
 
 @pytest.fixture(params=WAYS)
@@ -97,12 +98,91 @@ async def test_only_an_old_libpq_cancels_in_a_thread(
     await check_usable_after_rollback(connection)
 
 
+class SilentServer:
+    """Forwards one connection to a server, in threads of its own, and answers no other."""
+
+    def __init__(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = {"host": "127.0.0.1", "port": str(self._listener.getsockname()[1])}
+        self.sockets: list[socket.socket] = []
+        threading.Thread(target=self._serve, args=[port], daemon=True).start()
+
+    def _serve(self, port: int) -> None:
+        near, _ = self._listener.accept()
+        far = socket.create_connection(("127.0.0.1", port))
+        self.sockets = [near, far]
+        for source, sink in [(near, far), (far, near)]:
+            threading.Thread(target=self._forward, args=[source, sink], daemon=True).start()
+        with suppress(OSError):
+            while True:
+                self.sockets.append(self._listener.accept()[0])
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(10_000):
+                sink.sendall(data)
+
+    def end(self) -> None:
+        self._listener.close()
+        for each in self.sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+async def test_a_silent_server_does_not_stop_other_tasks(
+    server: EmbeddedPostgres, by_thread: bool
+) -> None:
+    """While a request to cancel has no answer, other tasks run."""
+    silent = SilentServer(server.port)
+    longest = 0.0
+
+    async def beat() -> None:
+        nonlocal longest
+        while True:
+            begun = time.perf_counter()
+            await trio.sleep(0.01)
+            longest = max(longest, time.perf_counter() - begun)
+
+    ending = threading.Timer(1.5, silent.end)  # a thread that waits for an answer has to come back
+    ending.start()
+    async with trio.open_nursery() as nursery:
+        connection: Connection = await connect(
+            make_conninfo(server.dsn, **silent.address, sslmode="disable", gssencmode="disable")
+        )
+        nursery.start_soon(beat)
+        with pytest.raises(psycopg.errors.CancellationTimeout):
+            await connection.cancel_safe(timeout=0.5)
+        nursery.cancel_scope.cancel()
+    await connection.close()
+    ending.join()
+    assert longest < 0.3
+
+
+async def test_connecting_warns_where_cancelling_would_stop_other_tasks(
+    dsn: str, by_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, if psycopg is compiled, its libpq is old, and the way around can't be taken."""
+    monkeypatch.setattr(_cancel_requests, "_libpq", lambda module: None)
+    monkeypatch.setattr(pq, "__impl__", "c")
+    _cancel_requests.warn_if_cancelling_freezes.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            await (await connect(dsn)).close()
+    _cancel_requests.warn_if_cancelling_freezes.cache_clear()
+    assert len(caught) == by_thread
+    for warning in caught:
+        assert warning.category is RuntimeWarning
+        assert "install psycopg[binary] 3.2.13 or newer" in str(warning.message)
+        assert warning.filename == __file__
+
+
 async def test_where_the_server_ignores_requests_to_cancel_the_connection_is_closed(
     dsn: str, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, by_thread: bool
 ) -> None:
     """Where a query does not end however often it is cancelled, the connection is closed in the end."""
-    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.5)
-    connection = await connect(dsn)
+    connection = await connect(dsn, cleanup_timeout=0.5)
     mine = backend(connection)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(connection.execute, SLOW)
@@ -117,12 +197,10 @@ async def test_where_the_server_ignores_requests_to_cancel_the_connection_is_clo
     await onlooker.until_gone(mine)
 
 
-@pytest.mark.parametrize("by_thread", WAYS_THAT_LEAVE_ROOM, indirect=True)
 async def test_where_the_network_swallows_a_request_to_cancel_the_connection_is_closed(
     server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, by_thread: bool
 ) -> None:
     """Where a request to cancel is never answered, the connection is closed after a bounded time."""
-    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.3)
     patience = 2.0
 
     async def lose_patience() -> None:
@@ -130,7 +208,7 @@ async def test_where_the_network_swallows_a_request_to_cancel_the_connection_is_
         proxy.cut()
 
     async with open_proxy("127.0.0.1", server.port) as proxy, trio.open_nursery() as nursery:
-        connection = await connect(make_conninfo(server.dsn, **proxy.address))
+        connection = await connect(make_conninfo(server.dsn, **proxy.address), cleanup_timeout=0.3)
         mine = backend(connection)
         async with trio.open_nursery() as inner:
             inner.start_soon(connection.execute, SLOW)
@@ -261,8 +339,7 @@ async def test_leaving_a_block_is_bounded_where_the_server_does_not_answer(
     dsn: str, monkeypatch: pytest.MonkeyPatch, onlooker: Onlooker, block: str, left_by: str
 ) -> None:
     """Where the server does not answer when a block is left, a cancellation still ends the waiting."""
-    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.2)
-    connection = await connect(dsn)
+    connection = await connect(dsn, cleanup_timeout=0.2)
     mine = backend(connection)
     blocks: dict[str, Callable[[], AbstractAsyncContextManager[object]]] = {
         "transaction": connection.transaction,

@@ -21,7 +21,7 @@ from proxy import open_proxy
 from psycopg.conninfo import make_conninfo
 from trio.testing import wait_all_tasks_blocked
 
-from whitepool.postgres import _cancelling, connect
+from whitepool.postgres import connect
 
 
 async def test_leaving_commits_and_closes(
@@ -93,11 +93,12 @@ async def test_a_task_never_leaves_normally_where_the_commit_was_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A task never gets past its `async with connection` where the commit had to be given up."""
-    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.2)
     got_past = False
     async with open_proxy("127.0.0.1", server.port) as proxy:
         with trio.CancelScope() as scope:
-            async with await connect(make_conninfo(server.dsn, **proxy.address)) as connection:
+            async with await connect(
+                make_conninfo(server.dsn, **proxy.address), cleanup_timeout=0.2
+            ) as connection:
                 mine = backend(connection)
                 await connection.execute("INSERT INTO notes VALUES ('a')")
                 proxy.drop()

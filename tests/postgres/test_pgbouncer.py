@@ -21,7 +21,7 @@ from timing import until
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import TrioConnection, _cancelling, connect, open_pool
+from whitepool.postgres import TrioConnection, connect, open_pool
 
 pytestmark = pytest.mark.pgbouncer
 
@@ -232,10 +232,9 @@ async def test_a_query_that_waits_for_a_server_connection_is_cancelled(
 ) -> None:
     """A query that PgBouncer has not even passed on can be cancelled, and the pool stays whole."""
     # PgBouncer ignores a request to cancel what it has not passed on: the connection is given up.
-    monkeypatch.setattr(_cancelling, "CLEANUP_TIMEOUT", 0.5)
     with trio.fail_after(10):
         async with open_pool(
-            bouncer.dsn, prepare_threshold=None, pool_size=SERVER_CONNECTIONS + 1
+            bouncer.dsn, prepare_threshold=None, cleanup_timeout=0.5, pool_size=SERVER_CONNECTIONS + 1
         ) as pool:
 
             async def occupy() -> None:

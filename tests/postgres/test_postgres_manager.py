@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -449,3 +450,41 @@ async def test_a_shutdown_with_a_query_under_way(dsn: str, onlooker: Onlooker) -
         onlooker.ask("SELECT pg_terminate_backend(%s)", pids[0])  # it would sleep on
         await until(lambda: onlooker.backends(APPLICATION) == 0)
     check_books(session)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "meant"),
+    [
+        ("poolsize", "pool_size"),
+        ("autocomit", "autocommit"),
+        ("pasword", "password"),
+        ("configur", "configure"),
+    ],
+)
+def test_a_misspelt_keyword(keyword: str, meant: str) -> None:
+    """The error says which option of the pool, of psycopg, or of libpq was meant."""
+    options: Any = {keyword: 5}
+    with pytest.raises(ValueError, match=rf"{keyword}.*: did you mean {meant}\?$"):
+        open_pool("dbname=shop", **options)
+
+
+@pytest.mark.parametrize("option", ["configure", "reset"])
+def test_a_callable_that_cannot_be_called(option: str) -> None:
+    """It is refused where the pool is made."""
+    options: Any = {option: lambda: None}
+    with pytest.raises(TypeError, match=rf"{option} is called with \(connection\)"):
+        PostgresManager("dbname=shop", **options)
+
+
+async def test_a_configure_that_is_not_async(dsn: str) -> None:
+    """That is known after the first call, and opening the pool fails at once."""
+    configure: Any = lambda connection: None  # noqa: E731
+    with pytest.raises(whitepool.PoolStartError, match="configure must be async"):
+        async with open_pool(dsn, configure=configure):
+            pass
+
+
+def test_a_connection_on_asyncio() -> None:
+    """It says that it needs Trio."""
+    with pytest.raises(RuntimeError, match=r"a TrioConnection needs Trio.*not with asyncio\.run"):
+        asyncio.run(connect("dbname=shop"))

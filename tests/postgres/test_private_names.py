@@ -47,6 +47,12 @@ METHODS = {
 }
 """Methods of a connection, with their parameters: called, or overridden, by whitepool."""
 
+NEW_METHODS = {"_pipeline_nolock"}
+"""Overridden where `executemany` calls it; in older releases that calls `pipeline`."""
+
+CURSOR_METHODS = ["_stream_fetchone_gen", "_stream_send_gen"]
+"""Methods of a cursor: generators that are recognised, or run anew, by their code."""
+
 PREPARED = ["clear", "_to_flush"]
 """What is used of `connection._prepared`."""
 
@@ -54,7 +60,7 @@ ERRORS = ["_WaitTimeout", "finish_pgconn"]
 NEW_ERRORS = {"_WaitTimeout": (3, 2, 4)}
 """Raised only where psycopg's `wait` has a timeout, which came together with it."""
 
-GENERATORS = ["execute"]
+GENERATORS = ["execute", "fetch"]
 
 
 @pytest.fixture
@@ -89,6 +95,26 @@ def test_methods(name: str) -> None:
     assert method is not None, lacking(f"AsyncConnection.{name}")
     for parameter in METHODS[name]:
         assert parameter in inspect.signature(method).parameters, lacking(f"{name}({parameter}=)")
+
+
+@pytest.mark.parametrize("name", NEW_METHODS)
+def test_newer_methods(name: str) -> None:
+    """Either a connection has the method, or `executemany` has no use for it."""
+    used = f"{name}(" in inspect.getsource(psycopg.AsyncCursor.executemany)
+    assert used == hasattr(psycopg.AsyncConnection, name)
+    if used:
+        assert "_no_lock" in inspect.signature(AsyncPipeline).parameters, lacking("_no_lock")
+    else:
+        assert ".pipeline(" in inspect.getsource(psycopg.AsyncCursor.executemany)
+
+
+@pytest.mark.parametrize("name", CURSOR_METHODS)
+def test_methods_of_cursors(name: str) -> None:
+    """A cursor has the method, which is a generator."""
+    method = getattr(psycopg.AsyncCursor, name, None)
+    assert inspect.isgeneratorfunction(method), lacking(f"AsyncCursor.{name}")
+    if name == "_stream_fetchone_gen":
+        assert "fetch" in method.__code__.co_names, lacking("fetch() in AsyncCursor.stream()")
 
 
 @pytest.mark.parametrize("name", PREPARED)
@@ -147,6 +173,8 @@ def test_every_private_name_is_listed_here() -> None:
         *NEW_IN_3_2_4,
         *METHODS,
         *PREPARED,
+        *NEW_METHODS,
+        *CURSOR_METHODS,
         *ERRORS,
         "_prepared",
         "_conn",

@@ -6,22 +6,28 @@ cancelled, when each operation of psycopg's ``__aexit__`` would only raise the c
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import AsyncIterator
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import trio
-from psycopg import AsyncCursor, AsyncPipeline, AsyncServerCursor, pq
+from psycopg import AsyncCopy, AsyncCursor, AsyncPipeline, AsyncServerCursor, pq
+from psycopg.abc import Params, PQGen, Query
+from psycopg.copy import AsyncWriter
+from psycopg.generators import fetch
 from psycopg.rows import Row
 from psycopg.transaction import AsyncTransaction
 
 from ._cancelling import cancel_until, checkpoint_before_commit, shielded_cleanup
-from ._waiting import ungrouped
+from ._waiting import ungrouped, uninterrupted_block
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._connection import TrioConnection
+
+_COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
 class TrioTransaction(AsyncTransaction):
@@ -36,9 +42,9 @@ class TrioTransaction(AsyncTransaction):
     async def __aenter__(self) -> Self:
         try:
             return await super().__aenter__()
-        except trio.Cancelled as cancelled:
+        except (trio.Cancelled, KeyboardInterrupt) as interrupt:
             # psycopg 3.2 does not undo what it has begun, and its block will not be left.
-            await self._roll_back(type(cancelled), cancelled, cancelled.__traceback__)
+            await self._roll_back(type(interrupt), interrupt, interrupt.__traceback__)
             raise
 
     async def __aexit__(
@@ -48,11 +54,15 @@ class TrioTransaction(AsyncTransaction):
         exc_tb: TracebackType | None,
     ) -> bool:
         await checkpoint_before_commit(self._roll_back)
+        if self._is_on_stack() and not isinstance(exc_val, (Exception, trio.Cancelled, type(None))):
+            # A Ctrl-C may have struck where an inner block was about to be left: it is rolled back with
+            # this one. psycopg would raise an error, instead of the Ctrl-C.
+            self._conn._num_transactions = self._stack_index + 1
         try:
             return await super().__aexit__(exc_type, exc_val, exc_tb)
-        except trio.Cancelled as cancelled:
+        except (trio.Cancelled, KeyboardInterrupt) as interrupt:
             # If psycopg was still waiting for the connection's lock, nothing has been committed.
-            await self._roll_back(type(cancelled), cancelled, cancelled.__traceback__)
+            await self._roll_back(type(interrupt), interrupt, interrupt.__traceback__)
             raise
 
     async def _roll_back(
@@ -63,7 +73,7 @@ class TrioTransaction(AsyncTransaction):
     ) -> None:
         """Roll back, or close the connection, unless psycopg has ended the transaction already.
 
-        Call it in a task that is being cancelled.
+        Call it in a task that is being cancelled, or interrupted by Ctrl-C.
         """
         if self._is_on_stack():
             with shielded_cleanup(self._conn):
@@ -124,11 +134,14 @@ class TrioPipeline(AsyncPipeline):
         try:
             await super().__aexit__(*exception)
         except psycopg.OperationalError as error:
-            # After a Ctrl-C in the middle of the results, psycopg fails to leave the mode. What the
-            # user has to see is the Ctrl-C.
-            if isinstance(error.__context__, KeyboardInterrupt):
-                raise error.__context__ from None
-            raise
+            # After a Ctrl-C, or a cancellation, in the middle of the results, psycopg fails to leave
+            # the mode. What the user has to see is the interruption.
+            interruption = error.__context__
+            if interruption is None or isinstance(interruption, Exception):
+                raise
+        else:
+            return
+        raise interruption  # out here, so that its context stays what it was
 
     async def _cancel_and_leave(self, *exception: Any) -> None:
         """Leave while the server is working: cancel there whatever the pipeline has sent.
@@ -144,16 +157,52 @@ class TrioPipeline(AsyncPipeline):
                 left.set()
 
 
+def _fetch(pgconn: pq.abc.PGconn) -> PQGen[pq.abc.PGresult | None]:
+    """Fetch a result of a stream, as psycopg does; raise psycopg's error if it is that of a COPY.
+
+    psycopg looks for it only where a stream begins. A server that violates the protocol may send one
+    later: libpq would repeat it, and psycopg would fetch it, for ever and without a wait.
+    """
+    result: pq.abc.PGresult | None = yield from fetch(pgconn)
+    if result is not None and result.status in _COPYING:
+        raise psycopg.ProgrammingError("COPY cannot be used with this method; use copy() instead")
+    return result
+
+
+class TrioCursor(AsyncCursor[Row]):
+    """A cursor whose COPY is left in order also after a Ctrl-C, and whose streams always end."""
+
+    # psycopg's own generator, with another `fetch`.
+    _stream_fetchone_gen = FunctionType(
+        AsyncCursor._stream_fetchone_gen.__code__,
+        {**AsyncCursor._stream_fetchone_gen.__globals__, "fetch": _fetch},
+    )
+
+    @uninterrupted_block
+    async def copy(
+        self, statement: Query, params: Params | None = None, *, writer: AsyncWriter | None = None
+    ) -> AsyncIterator[AsyncCopy]:
+        """Run a COPY; see `psycopg.AsyncCursor.copy`."""
+        async with super().copy(statement, params, writer=writer) as copy:
+            yield copy
+
+
 class TrioServerCursor(AsyncServerCursor[Row]):
     """A server-side cursor that is closed also if its task is being cancelled."""
 
     _conn: TrioConnection[Any]
 
     async def close(self) -> None:
+        interrupted = True
         try:
-            with shielded_cleanup(self._conn):
+            with shielded_cleanup(self._conn) as scope:
                 await super().close()
-        except trio.Cancelled:
-            # On the server it is closed, or will be at the end of the transaction. Close the rest.
-            await AsyncCursor.close(self)
+            interrupted = scope.cancelled_caught
+        except Exception:
+            interrupted = False
             raise
+        finally:
+            if interrupted:
+                # On the server it is closed, or will be at the end of the transaction, or of the
+                # connection. Close the rest.
+                await AsyncCursor.close(self)

@@ -3,8 +3,8 @@
 A cancelled task must not leave the server working for it, nor half of an answer on the connection.
 So whatever is interrupted is cancelled on the server and read to its end, and a block that is left is
 rolled back or synchronised. All this has to wait for the server, so it happens in scopes that are
-shielded from the cancellation, and that last `CLEANUP_TIMEOUT` at most. A connection that is not in
-order by then is closed.
+shielded from the cancellation, and that last `cleanup_timeout` at most, all of them together. A
+connection that is not in order by then is closed.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ import math
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import trio
-from psycopg import capabilities, errors, generators, pq
+from psycopg import errors, generators, pq
 from psycopg.abc import PQGen
-from psycopg.waiting import Wait
+from psycopg.waiting import Ready, Wait
 from trio.lowlevel import checkpoint_if_cancelled
 
-from ._waiting import drive, poll
+from ._waiting import drive
 
 if TYPE_CHECKING:
     from ._connection import TrioConnection
-
-CLEANUP_TIMEOUT = 5.0
-"""Seconds that a cancelled operation may take to leave the connection, and the server, in order."""
 
 FIRST_PAUSE = 0.1
 """Seconds from the first request to cancel an operation to the second. Each pause is twice the last."""
 
 MAX_REFUSALS = 3
 """Failed requests to cancel one operation after which no more are made."""
+
+RESULTS_AT_ONCE = 100
+"""Results, or rows of a COPY, that are skipped before other tasks may have their turn."""
 
 _ACTIVE = pq.TransactionStatus.ACTIVE
 _UNKNOWN = pq.TransactionStatus.UNKNOWN
@@ -52,16 +53,17 @@ _closed_if_cancelled: ContextVar[TrioConnection[Any] | None] = ContextVar(
 async def checkpoint_before_commit(
     leave: Callable[[type[BaseException], BaseException, TracebackType | None], Awaitable[object]],
 ) -> None:
-    """Leave a block as cancelled, if its task is being cancelled; else do nothing.
+    """Leave a block as cancelled, if its task is being cancelled or interrupted; else do nothing.
 
     Await it before anything is committed. A task that is cancelled by then never learns of a commit,
     so there must be none: `leave`, which is or resembles the block's ``__aexit__``, gets the
-    cancellation as if it had been raised in the block, and then the cancellation is raised.
+    cancellation as if it had been raised in the block, and then the cancellation is raised. So it is
+    with a Ctrl-C that has been held back until now.
     """
     try:
         await checkpoint_if_cancelled()
-    except trio.Cancelled as cancelled:
-        await leave(type(cancelled), cancelled, cancelled.__traceback__)
+    except (trio.Cancelled, KeyboardInterrupt) as interrupt:
+        await leave(type(interrupt), interrupt, interrupt.__traceback__)
         raise
 
 
@@ -69,20 +71,48 @@ async def checkpoint_before_commit(
 def shielded_cleanup(connection: TrioConnection[Any]) -> Iterator[trio.CancelScope]:
     """Leave a block in order, also if its task is being cancelled.
 
-    If so, the code within is shielded, and lasts `CLEANUP_TIMEOUT` at most: an operation that takes
-    longer closes the connection. If not, the code runs as it would without this, and may be cancelled.
-    The `shield` of the scope that is yielded tells the two cases apart.
+    If so, the code within is shielded, for the time that `cleanup_scope` gives it: an operation that
+    takes longer closes the connection. If not, the code runs as it would without this, and may be
+    cancelled. The `shield` of the scope that is yielded tells the two cases apart.
     """
     if trio.current_effective_deadline() > -math.inf:
         yield trio.CancelScope()
     else:
-        with cleanup_scope() as scope, closing_if_cancelled(connection):
+        with cleanup_scope(connection) as scope, closing_if_cancelled(connection):
             yield scope
 
 
-def cleanup_scope() -> trio.CancelScope:
-    """Return a scope that is shielded, and that is cancelled `CLEANUP_TIMEOUT` from now."""
-    return trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_TIMEOUT)
+@contextmanager
+def cleanup_scope(connection: TrioConnection[Any]) -> Iterator[trio.CancelScope]:
+    """Shield what puts a connection in order, for as long as its `cleanup_timeout` allows.
+
+    One cancellation may leave many blocks, one after the other or one within the other. They share
+    the time: what one of them has used is missing for the next, until the connection is used by a task
+    that is not being cancelled; see `after_cleanup`.
+    """
+    connection._needs_care = True
+    begun = trio.current_time()
+    if connection._cleanups == 0:
+        connection._cleanup_deadline = begun + connection.cleanup_timeout - connection._cleanup_used
+    connection._cleanups += 1
+    try:
+        with trio.CancelScope(shield=True, deadline=connection._cleanup_deadline) as scope:
+            yield scope
+    finally:
+        connection._cleanups -= 1
+        if connection._cleanups == 0:
+            remaining = connection._cleanup_deadline - trio.current_time()
+            connection._cleanup_used = connection.cleanup_timeout - remaining
+
+
+def after_cleanup(connection: TrioConnection[Any]) -> None:
+    """Begin anew to count the time for cleaning up, if a cancellation is over.
+
+    Call it before an operation.
+    """
+    if connection._cleanups == 0 and trio.current_effective_deadline() > -math.inf:
+        connection._cleanup_used = 0.0
+        connection._needs_care = False
 
 
 @contextmanager
@@ -119,20 +149,19 @@ async def cancel_operation(connection: TrioConnection[Any], generator: PQGen[Any
         with suppress(Exception):
             await drive(generator, pgconn.socket, resumed=True)
 
-    with cleanup_scope() as scope:
+    with cleanup_scope(connection) as scope:
         if not await cancel_until(connection, run_to_end):
             # Nothing else ends the operation before its time.
             connection._finish()
             return
-        if pgconn.pipeline_status:
-            return
-        with suppress(Exception):
-            if _is_copying_in(pgconn):
-                connection._copy_was_ended = True
-                await drive(generators.copy_end(pgconn, b"cancelled"), pgconn.socket)
-        with suppress(Exception):
-            await drive(_skip_results(pgconn), pgconn.socket)
-    if scope.cancelled_caught or pgconn.transaction_status in (_ACTIVE, _UNKNOWN):
+        if not pgconn.pipeline_status:
+            with suppress(Exception):
+                connection._copy_was_ended |= await drive(skip_results(pgconn), pgconn.socket)
+    if (
+        scope.cancelled_caught
+        or connection._unconfirmed_requests
+        or (not pgconn.pipeline_status and pgconn.transaction_status in (_ACTIVE, _UNKNOWN))
+    ):
         connection._finish()
 
 
@@ -164,55 +193,59 @@ async def cancel_until(
         pause *= 2
 
 
-async def request_cancel(pgconn: pq.abc.PGconn, timeout: float) -> None:
-    """Ask the server, through a connection of its own, to cancel the operation that `pgconn` runs.
+def skip_results(pgconn: pq.abc.PGconn) -> PQGen[bool]:
+    """Read to the end of an operation's results, and keep none; return whether a COPY was ended.
 
-    Returns when the server has received the request, which it may still ignore. Raises
-    `CancellationTimeout` after `timeout` seconds (0: never), and `OperationalError` if the server
-    can't be reached.
+    The server may have sent some hundred thousand rows before it received the request to cancel. While
+    a COPY is under way, libpq repeats its result for as long as it is asked, so the COPY is ended, or
+    read to its end, first. Whatever else a server sends, other tasks get their turn: this waits, at
+    least until the socket is writable, after every `RESULTS_AT_ONCE` results.
+
+    Raises `psycopg.Error` if there is no way out of the state but to close the connection.
     """
-    with trio.move_on_after(timeout or math.inf):
-        if capabilities.has_cancel_safe():
-            request = pgconn.cancel_conn()
-            request.start()
-            if not await poll(request.poll, lambda: request.socket):
-                raise psycopg.OperationalError(f"cancellation failed: {request.get_error_message()}")
-        else:
-            # A libpq older than 17 can only block. The thread may be abandoned: what it uses is a
-            # copy of the server's address and the key, which outlives the connection.
-            cancel = pgconn.get_cancel().cancel
-            await trio.to_thread.run_sync(cancel, abandon_on_cancel=True)
-        return
-    raise errors.CancellationTimeout("cancellation timeout expired")
-
-
-def _skip_results(pgconn: pq.abc.PGconn) -> PQGen[None]:
-    """Read to the end of an operation's results, and keep none of them.
-
-    The server may have sent some hundred thousand rows before it received the request to cancel.
-    """
-    while True:
+    has_ended_copy = False
+    for number in count(1):
+        if number % RESULTS_AT_ONCE == 0:
+            yield Wait.W
         while pgconn.is_busy():
             yield Wait.R
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is None:
-            return
+            break
         if result.status == pq.ExecStatus.COPY_OUT:
-            with suppress(psycopg.Error):  # the server reports the cancellation at the end of the data
-                while (length := pgconn.get_copy_data(1)[0]) >= 0:
-                    if length == 0:
-                        yield Wait.R
-                        pgconn.consume_input()
+            yield from _skip_copy_data(pgconn)
+        elif result.status == pq.ExecStatus.COPY_IN:
+            has_ended_copy = True
+            yield from _end_copy(pgconn)
+        elif result.status == pq.ExecStatus.COPY_BOTH:
+            raise psycopg.InterfaceError("a replication can't be ended")
+    return has_ended_copy
 
 
-def _is_copying_in(pgconn: pq.abc.PGconn) -> bool:
-    """Return whether the connection is in a COPY FROM STDIN: only then libpq takes data, even none."""
-    try:
-        pgconn.put_copy_data(b"")
-    except psycopg.Error:
-        return False
-    return True
+def _skip_copy_data(pgconn: pq.abc.PGconn) -> PQGen[None]:
+    """Read to the end of the data of a COPY TO STDOUT; the result of the COPY comes after it."""
+    for number in count(1):
+        if number % RESULTS_AT_ONCE == 0:
+            yield Wait.W
+        try:
+            length, _ = pgconn.get_copy_data(1)
+        except psycopg.Error:
+            return  # the result that comes next says why
+        if length < 0:
+            return
+        if length == 0:
+            yield Wait.R
+            pgconn.consume_input()
+
+
+def _end_copy(pgconn: pq.abc.PGconn) -> PQGen[None]:
+    """Make a COPY FROM STDIN fail; the result of the COPY comes after it."""
+    while pgconn.put_copy_end(b"cancelled") == 0:
+        yield Wait.W
+    while pgconn.flush() != 0:
+        if (yield Wait.RW) & Ready.R:
+            pgconn.consume_input()
 
 
 async def refuse_rest_of_copy(connection: TrioConnection[Any], generator: PQGen[Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import psycopg
@@ -18,10 +20,19 @@ from psycopg.conninfo import (
     timeout_from_conninfo,
 )
 
+from .._checks import check_runs_on_trio, check_seconds, did_you_mean
+from .._options import Options
 from ._waiting import poll
 
-# The keywords of `connect` that are psycopg's. All others are libpq's.
-_OF_PSYCOPG = ("autocommit", "prepare_threshold", "context", "row_factory", "cursor_factory")
+# The keywords of `connect` that are psycopg's, or our own. All others are libpq's.
+_NOT_OF_LIBPQ = (
+    "autocommit",
+    "prepare_threshold",
+    "context",
+    "row_factory",
+    "cursor_factory",
+    "cleanup_timeout",
+)
 
 # Refusals that the server, or libpq, repeats however often it is asked. There is no code to know them
 # by: a connection that is not open yet has no SQLSTATE, and libpq gives nothing but the text.
@@ -38,17 +49,21 @@ _FINAL = re.compile(
 
 
 def validate(conninfo: str, keywords: dict[str, Any]) -> None:
-    """Raise `ValueError` if libpq would refuse a connection string, or a keyword of `connect`.
+    """Raise `ValueError` or `TypeError` for what `connect` would refuse before it connects.
 
     The message quotes no value, because it may be a password, or a part of one.
     """
-    libpq_keywords = {key: keywords[key] for key in keywords if key not in _OF_PSYCOPG}
+    libpq_keywords = {key: keywords[key] for key in keywords if key not in _NOT_OF_LIBPQ}
+    if "cleanup_timeout" in keywords:
+        check_seconds("cleanup_timeout", keywords["cleanup_timeout"])
     problem = None
     try:
         make_conninfo(**libpq_keywords)
     except psycopg.ProgrammingError as error:
         # libpq quotes the name of the keyword here, and not its value.
-        raise ValueError(f"a keyword for connecting is not valid: {error}".strip()) from None
+        raise ValueError(
+            f"a keyword for connecting is not valid: {str(error).strip()}{_meant(libpq_keywords)}"
+        ) from None
     try:
         make_conninfo(conninfo)
         params = conninfo_to_dict(conninfo, **libpq_keywords)
@@ -67,6 +82,19 @@ def validate(conninfo: str, keywords: dict[str, Any]) -> None:
         raise ValueError(f"conninfo is not valid: {problem}")
 
 
+def _meant(keywords: Iterable[str]) -> str:
+    """Return a question that names what was meant by a keyword that does not exist, or nothing."""
+    of_libpq = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    known = {
+        *of_libpq,
+        *_NOT_OF_LIBPQ,
+        *(option.name for option in fields(Options)),
+        "configure",
+        "reset",
+    }
+    return "".join(did_you_mean(keyword, known) for keyword in keywords if keyword not in known)
+
+
 async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.abc.PGconn:
     """Return a connection to the first of the hosts, and of their addresses, that accepts one.
 
@@ -74,7 +102,8 @@ async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.
     time until the task's deadline, because psycopg's default is longer than most deadlines: a host
     that does not answer must leave time for the others. Raises `psycopg.OperationalError`.
     """
-    params = conninfo_to_dict(conninfo, **keywords)
+    check_runs_on_trio("a TrioConnection")
+    params = _with_host_of_service(conninfo_to_dict(conninfo, **keywords))
     timeout: float = timeout_from_conninfo(params)
     timeout_is_given = params.get("connect_timeout") or os.environ.get("PGCONNECT_TIMEOUT")
     if _has_names_to_resolve(params):
@@ -100,6 +129,22 @@ async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.
             where = ", ".join(f"{key}: {attempt.get(key)!r}" for key in ("host", "port", "hostaddr"))
             failures.append((where, error))
     raise _all_failed(failures)
+
+
+def _with_host_of_service(params: ConnDict) -> ConnDict:
+    """Return `params` with the host that libpq would take from a service file, if there is one.
+
+    Only libpq reads that file, and it would resolve the host's name in Trio's thread. It can be asked
+    for the options of a connection that has failed, as this one does before it connects to anything:
+    there is no such `sslmode`. The other options are left to libpq.
+    """
+    if not (params.get("service") or os.environ.get("PGSERVICE")):
+        return params
+    pgconn = pq.PGconn.connect_start(make_conninfo("", **{**params, "sslmode": "none"}).encode())
+    found = {option.keyword.decode(): option.val for option in pgconn.info}
+    pgconn.finish()
+    hosts = {key: found.get(key) for key in ("host", "hostaddr", "port")}
+    return {**params, **{key: value.decode() for key, value in hosts.items() if value}}
 
 
 async def _connect_once(conninfo: str) -> pq.abc.PGconn:

@@ -6,8 +6,9 @@ lock, the wait for an operation, cancelling, and closing. Everything else is psy
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,24 +17,30 @@ import trio
 from psycopg import AsyncPipeline, pq
 from psycopg.abc import RV, AdaptContext, ConnParam, PQGen
 from psycopg.adapt import AdaptersMap
+from psycopg.generators import execute
 from psycopg.rows import AsyncRowFactory, Row
 from psycopg.transaction import AsyncTransaction
-from trio.lowlevel import cancel_shielded_checkpoint, checkpoint_if_cancelled
+from trio.lowlevel import (
+    cancel_shielded_checkpoint,
+    checkpoint_if_cancelled,
+    enable_ki_protection,
+)
 
+from .._checks import check_seconds
 from .._manager import WorkerManager
 from .._scheduling import TimeSlice
-from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
+from ._blocks import TrioCursor, TrioPipeline, TrioServerCursor, TrioTransaction
+from ._cancel_requests import request_cancel, warn_if_cancelling_freezes
 from ._cancelling import (
-    CLEANUP_TIMEOUT,
+    after_cleanup,
     cancel_operation,
     checkpoint_before_commit,
     cleanup_scope,
     refuse_rest_of_copy,
-    request_cancel,
     shielded_cleanup,
 )
 from ._connecting import connect_to_first
-from ._waiting import Lock, drive, drive_for
+from ._waiting import Lock, drive, drive_for, uninterrupted_block
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +50,9 @@ BUSY_TIME = 0.0001
 It is short because many connections may be read at once, and they share the event loop in turns."""
 
 _ACTIVE = pq.TransactionStatus.ACTIVE
+
+# The generator that psycopg runs to begin a `stream()`.
+_STREAMING = psycopg.AsyncCursor._stream_send_gen.__code__
 
 
 class TrioConnection(psycopg.AsyncConnection[Row]):
@@ -55,22 +65,39 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
     __worker_manager__: ClassVar[WorkerManager[TrioConnection[Any]]]
     """How a pool treats connections that come from a bare factory; `_manager.py` sets it."""
 
+    cleanup_timeout: float = 5.0
+    """Seconds that a cancelled operation, and all blocks that the cancellation leaves, may take
+    together to leave the connection, and the server, in order. After that the connection is closed."""
+
     def __init__(
         self,
         pgconn: pq.abc.PGconn,
         row_factory: AsyncRowFactory[Row] | None = None,
     ) -> None:
         super().__init__(pgconn)
+        self.cursor_factory = TrioCursor
         self.server_cursor_factory = TrioServerCursor
         # Whether a cancellation has ended a COPY FROM STDIN whose block has not been left yet.
         self._copy_was_ended = False
+        # For `cleanup_scope`: how many are entered, when they end, and what earlier ones have used up.
+        self._cleanups = 0
+        self._cleanup_deadline = 0.0
+        self._cleanup_used = 0.0
+        # Whether one of the above has to be looked at before the next operation.
+        self._needs_care = False
+        # Requests to cancel that were sent, and whose end has not been seen. One of
+        # them might still arrive, and cancel what the connection does by then.
+        self._unconfirmed_requests = 0
+        # Whether libpq may still return single rows, which it does to the end of a pipeline's first
+        # query, too.
+        self._has_streamed = False
         self._time_slice = TimeSlice(BUSY_TIME)
         if row_factory is not None:
             self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
 
     @classmethod
-    async def connect(
+    async def connect(  # type: ignore[override]  # psycopg's has any keyword, but no float
         cls,
         conninfo: str = "",
         *,
@@ -79,15 +106,21 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         context: AdaptContext | None = None,
         row_factory: AsyncRowFactory[Row] | None = None,
         cursor_factory: type[psycopg.AsyncCursor[Row]] | None = None,
+        cleanup_timeout: float = 5.0,
         **kwargs: ConnParam,
     ) -> Self:
         """Connect to a server; see `psycopg.AsyncConnection.connect`.
 
         Host names are resolved in a thread. Every host, and every address of a host, is one attempt,
         for which `connect_timeout` counts. If that is not given, and there is a deadline, the attempts
-        share the time that is left. Raises `psycopg.OperationalError`.
+        share the time that is left. `cleanup_timeout` is kept as the attribute of that name. Raises
+        `psycopg.OperationalError`.
         """
-        connection = cls(await connect_to_first(conninfo, kwargs))
+        check_seconds("cleanup_timeout", cleanup_timeout)
+        pgconn = await connect_to_first(conninfo, kwargs)
+        warn_if_cancelling_freezes(type(pgconn).__module__)
+        connection = cls(pgconn)
+        connection.cleanup_timeout = cleanup_timeout
         connection._autocommit = bool(autocommit)
         if row_factory:
             connection.row_factory = row_factory
@@ -98,16 +131,22 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         connection.prepare_threshold = prepare_threshold
         return connection
 
+    @enable_ki_protection
     async def wait(
         self, gen: PQGen[RV], interval: float | None = None, timeout: float | None = None
     ) -> RV:
         """Run one of psycopg's generators to its end; psycopg calls this for each operation.
 
         Only `notifies` sets a limit: as `timeout` in new releases of psycopg, as `interval` in old
-        ones. Raises `psycopg.OperationalError` if the connection is closed meanwhile.
+        ones. Raises `psycopg.OperationalError` if the connection is closed meanwhile. A Ctrl-C is
+        raised where this waits, as a cancellation is, and not in the middle of psycopg's code.
         """
-        if self._copy_was_ended:
-            await refuse_rest_of_copy(self, gen)
+        if getattr(gen, "gi_code", None) is _STREAMING:
+            self._has_streamed = True
+        if self._needs_care:
+            if self._copy_was_ended:
+                await refuse_rest_of_copy(self, gen)
+            after_cleanup(self)
         socket = self.pgconn.socket
         limit = timeout if timeout is not None else interval
         try:
@@ -142,6 +181,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         elif is_one_of_many:
             await checkpoint_if_cancelled()
 
+    @enable_ki_protection
     async def cancel_safe(self, *, timeout: float = 30.0) -> None:
         """Cancel the running operation on the server; see `psycopg.AsyncConnection.cancel_safe`.
 
@@ -149,18 +189,21 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         older than 17 the request needs a thread.
         """
         if self._should_cancel():
-            await request_cancel(self.pgconn, timeout)
+            await request_cancel(self, timeout)
 
-    async def _try_cancel(self, *, timeout: float = CLEANUP_TIMEOUT) -> None:
+    @enable_ki_protection
+    async def _try_cancel(self, *, timeout: float | None = None) -> None:
         """Cancel as well as possible; psycopg calls this when a copy or a stream is left early.
 
         It is shielded, because psycopg then reads to the end of the operation, which comes soon only
-        if the server has cancelled it.
+        if the server has cancelled it. A request that may still arrive later closes the connection.
         """
-        with trio.CancelScope(shield=True), suppress(Exception):
-            await self.cancel_safe(timeout=timeout)
+        with cleanup_scope(self), suppress(Exception):
+            await self.cancel_safe(timeout=timeout or math.inf)
+        if self._unconfirmed_requests:
+            self._finish()
 
-    @asynccontextmanager
+    @uninterrupted_block
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncIterator[AsyncTransaction]:
@@ -176,7 +219,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             async with transaction:
                 yield transaction
 
-    @asynccontextmanager
+    @uninterrupted_block
     async def pipeline(self) -> AsyncIterator[AsyncPipeline]:
         """Run a block in pipeline mode; see `psycopg.AsyncConnection.pipeline`.
 
@@ -185,6 +228,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         async with self.lock:
             self._check_connection_ok()
             if self._pipeline is None:
+                await self._leave_single_row_mode()
                 self._pipeline = TrioPipeline(self)
             pipeline = self._pipeline
         try:
@@ -192,13 +236,44 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
                 yield pipeline
         finally:
             if pipeline.level == 0:
-                if self.pgconn.pipeline_status:
-                    # A cancellation kept psycopg from leaving the mode, and nothing else leaves it.
-                    self._finish()
-                with cleanup_scope():
-                    async with self.lock:
-                        self._pipeline = None
+                self._leave_pipeline_mode()
+                if self.lock.locked():
+                    with cleanup_scope(self) as scope:
+                        async with self.lock:
+                            pass
+                    if scope.cancelled_caught:
+                        self._finish()
+                self._pipeline = None
 
+    @uninterrupted_block
+    async def _pipeline_nolock(self) -> AsyncIterator[AsyncPipeline]:
+        """Run a block in pipeline mode, with the lock; psycopg's `executemany` does."""
+        await self._leave_single_row_mode()
+        pipeline = self._pipeline = TrioPipeline(self, _no_lock=True)
+        try:
+            async with pipeline:
+                yield pipeline
+        finally:
+            self._leave_pipeline_mode()
+            self._pipeline = None
+
+    async def _leave_single_row_mode(self) -> None:
+        """Make libpq forget that a stream asked for single rows.
+
+        It would return those to the first query of a pipeline, which psycopg takes for an error, be it
+        that of another client. Any query outside a pipeline, an empty one, too, ends that.
+        """
+        if self._has_streamed:
+            self.pgconn.send_query(b"")
+            await self.wait(execute(self.pgconn))
+            self._has_streamed = False
+
+    def _leave_pipeline_mode(self) -> None:
+        """Close the connection if psycopg was kept from leaving the mode, as nothing else leaves it."""
+        if self.pgconn.pipeline_status:
+            self._finish()
+
+    @enable_ki_protection
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,
@@ -208,6 +283,12 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         try:
             if exc_type is None:
                 await checkpoint_before_commit(self.__aexit__)
+            if self.lock.locked() and not isinstance(exc_val, (Exception, type(None))):
+                # A Ctrl-C has left an operation that holds the lock, and nothing may release it. To
+                # close the connection rolls back, too, but does not stop what the server does for it.
+                if self.pgconn.transaction_status == _ACTIVE:
+                    await self._try_cancel()
+                return
             with shielded_cleanup(self):
                 await super().__aexit__(exc_type, exc_val, exc_tb)
         finally:

@@ -68,6 +68,7 @@ _CLIENT_SIDE = (
     "server_cursor_factory",
     "prepare_threshold",
     "prepared_max",
+    "cleanup_timeout",
 )
 
 
@@ -77,7 +78,8 @@ class ConnectionManager(WorkerManager[Connection]):
     def is_alive(self, worker: Connection) -> bool:
         """Return whether the connection is open, and no query, copy or pipeline is under way.
 
-        A two-phase transaction counts as one that is: only its client knows how it should end.
+        A two-phase transaction counts as one that is: only its client knows how it should end. And so
+        does a request to cancel that may still arrive: it would hit the next client.
         """
         pgconn = worker.pgconn
         status = pgconn.transaction_status
@@ -86,6 +88,7 @@ class ConnectionManager(WorkerManager[Connection]):
             and status != _UNKNOWN
             and pgconn.pipeline_status == _NO_PIPELINE
             and worker._tpc is None
+            and not worker._unconfirmed_requests
         )
 
     def needs_reset(self, worker: Connection) -> bool:
