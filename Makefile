@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help bench docs demo test test-pgbouncer lint types fuzz clean
+.PHONY: help bench docs demo test test-lowest test-pgbouncer lint types fuzz clean
 
 help:
 	@echo "make demo   the main job, against a PostgreSQL of its own"
 	@echo "make test   the tests, with branch coverage"
+	@echo "make test-lowest   the tests, with the oldest releases that the package allows"
 	@echo "make test-pgbouncer   those that need PgBouncer"
 	@echo "make fuzz   a hundred thousand seeds against a mad server, and Ctrl-C at 25,000 instants: an hour"
 	@echo "make lint   ruff"
@@ -31,6 +32,11 @@ fuzz: $(VENV)/installed
 	FUZZ_SEEDS=$${FUZZ_SEEDS:-100000} CTRL_C_INSTANTS=$${CTRL_C_INSTANTS:-2000} \
 	$(BIN)/python -m pytest -q -n 2 tests/postgres/test_fuzz.py tests/postgres/test_ctrl_c.py
 
+# The oldest releases that the package allows; of psycopg, the oldest binary that the extra allows.
+test-lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/lowest.txt
+	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +52,7 @@ docs: $(VENV)/installed
 	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build
 
 clean:
-	rm -rf $(VENV) .venv-bench
+	rm -rf $(VENV) .venv-bench .venv-lowest
 
 EXTRA = dev
 .venv-bench/installed: EXTRA = bench

@@ -60,3 +60,14 @@ def test_the_picture_of_a_life_shows_the_states() -> None:
     allowed = {(state.name, after.name) for state, then in TRANSITIONS.items() for after in then}
     assert len(arrows) == len(set(arrows))
     assert set(arrows) == allowed
+
+
+def test_the_oldest_releases_are_those_that_are_tested() -> None:
+    """`make test-lowest` runs with what the package says that it allows."""
+    tested = re.findall(r"^(\S+)==(\S+)$", (ROOT / "tests" / "lowest.txt").read_text(), re.M)
+    assert len(tested) == 3
+    for package, version in tested:
+        (allowed,) = set(
+            re.findall(rf'"{re.escape(package)}>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+        )
+        assert version == allowed or version == f"{allowed}.0"

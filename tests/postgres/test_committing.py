@@ -226,12 +226,9 @@ async def test_a_commit_that_is_cancelled_on_its_way(session: Session, onlooker:
         assert onlooker.ask("SELECT count(*) FROM slow") == 0
 
 
-async def test_a_commit_of_which_nothing_is_known(
-    dsn: str, notes: Notes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_commit_of_which_nothing_is_known(dsn: str, notes: Notes) -> None:
     """Where the server does not answer any more, the connection is closed, and not used again."""
-    monkeypatch.setattr("whitepool.postgres._cancelling.CLEANUP_TIMEOUT", 0.2)
-    async with a_pool(dsn) as session:
+    async with a_pool(dsn, cleanup_timeout=0.2) as session:
         with trio.move_on_after(0.2) as scope:
             async with session.connection() as connection:
                 await connection.execute(INSERT)
