@@ -15,6 +15,7 @@ import trio
 from connections import SLOW, Connection, backend, check_usable, closing
 from onlooker import Onlooker
 from psycopg.pq import PipelineStatus, TransactionStatus
+from same_as_asyncio.laboratory import PSYCOPG
 from timing import until
 from trio.lowlevel import Task
 from trio.testing import wait_all_tasks_blocked
@@ -125,7 +126,7 @@ async def copy_in_at_writing(connection: Connection) -> None:
     async with connection.cursor().copy("COPY log FROM STDIN") as copy:
         for _ in range(300):
             await copy.write(b"1\n" * 100_000)
-        await trio.sleep(30)  # psycopg 3.2.0 takes any amount, and never waits
+        await trio.sleep(30)  # psycopg 3.2 takes any amount, and never waits
 
 
 async def copy_in_at_its_end(connection: Connection) -> None:
@@ -603,7 +604,8 @@ async def test_the_lock_is_taken_in_turn(dsn: str) -> None:
         query,
         transaction,
         pipeline_fetching,
-        copy_in_at_writing,
+        # Older releases of psycopg take any amount of data, and never wait.
+        *([copy_in_at_writing] if PSYCOPG >= (3, 3) else []),
         copy_out_at_its_start,
         stream,
         executemany,

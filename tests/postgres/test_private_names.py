@@ -57,7 +57,7 @@ PREPARED = ["clear", "_to_flush"]
 """What is used of `connection._prepared`."""
 
 ERRORS = ["_WaitTimeout", "finish_pgconn"]
-NEW_ERRORS = {"_WaitTimeout": (3, 2, 4)}
+NEW_ERRORS = {"_WaitTimeout": (3, 3)}
 """Raised only where psycopg's `wait` has a timeout, which came together with it."""
 
 GENERATORS = ["execute", "fetch"]
