@@ -67,6 +67,7 @@ async def open_calculator() -> AsyncIterator[Calculator]:
 
 async def ask(resource: whitepool.Resource[Calculator], question: str) -> str:
     """Wait for the answer, or for the end of the actor, whichever comes first."""
+    calculator = resource.get()
     reply, answers = trio.open_memory_channel[str](1)
     async with trio.open_nursery() as nursery:
 
@@ -75,12 +76,12 @@ async def ask(resource: whitepool.Resource[Calculator], question: str) -> str:
             await resource.lost.wait()
             nursery.cancel_scope.cancel()
 
-        await resource.get().mailbox.send((question, reply))
+        await calculator.mailbox.send((question, reply))
         answer = await answers.receive()
         nursery.cancel_scope.cancel()
         return answer
-    resource.get()  # raises WorkerLost
-    raise AssertionError("the actor lives, but does not answer")
+    resource.get()  # raises WorkerLost after a crash
+    raise whitepool.PoolClosed("the pool was shut down before the answer came")
 
 
 async def client(session: whitepool.Session[Calculator], question: str) -> None:

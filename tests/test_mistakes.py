@@ -7,7 +7,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import wraps
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -247,7 +250,7 @@ async def test_the_same_pool_twice_at_once() -> None:
     for _ in range(2):
         async with trio.open_nursery() as nursery:
             session: Session = await nursery.start(pool.run_service)
-            with pytest.raises(RuntimeError, match="mine is running"):
+            with pytest.raises(RuntimeError, match="mine is running"), trio.fail_after(5):
                 await pool.run_service()
             async with session.worker():
                 pass
@@ -400,11 +403,12 @@ async def test_a_worker_that_crashes_while_it_is_checked_out() -> None:
             await resource.lost.wait()
             told.set()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(wait)
-            await wait_all_tasks_blocked()
-            assert not told.is_set()
-            resource.get().crash.set()
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait)
+                await wait_all_tasks_blocked()
+                assert not told.is_set()
+                resource.get().crash.set()
         await wait_all_tasks_blocked()
         with pytest.raises(
             whitepool.WorkerLost, match="RuntimeError: the background task crashed"
@@ -453,12 +457,127 @@ async def test_why_it_crashed_is_known_when_it_is_closed() -> None:
         session.checkin(resource)
 
 
-async def test_a_worker_that_a_client_destroyed_is_not_lost() -> None:
-    """Only a crash is; a client may still look at what the pool has closed for another reason."""
+async def test_a_worker_that_the_pool_has_closed_can_be_looked_at() -> None:
+    """Only after a crash there is an error: a client may still need what it had."""
     shop = Workshop()
     async with whitepool.open_pool(shop.make, pool_size=1) as session:
         resource = await session.block_checkout()
         await session.safe_shutdown(0)
         assert resource.get().closed
-        assert not resource.lost.is_set()
+        assert resource.lost.is_set()
         session.checkin(resource)
+
+
+async def test_a_worker_that_the_pool_closes_under_its_client() -> None:
+    """A client that waits for `lost` does not wait for ever, whatever the reason."""
+    async with whitepool.open_pool(Workshop().make, pool_size=1) as session:
+        resource = await session.block_checkout()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(resource.lost.wait)
+            await session.safe_shutdown(0)
+        session.checkin(resource)
+
+
+async def test_a_variable_that_outlives_its_block(autojump_clock: MockClock) -> None:
+    """It still refers to a worker that another client has by now: that is no nested checkout."""
+    ends: list[str] = []
+
+    async def client(session: Session) -> None:
+        async with session.worker() as tool:
+            await trio.sleep(1)
+        with pytest.raises(whitepool.CheckoutTimeout) as caught:
+            await session.block_checkout(timeout=0.5)
+        ends.append(f"{tool}: {caught.value}")
+
+    async with (
+        whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(client, session)
+        await trio.sleep(0.5)
+        nursery.start_soon(hold, session)
+    assert len(ends) == 1
+    assert "seems to hold" not in ends[0]
+
+
+async def hold(session: Session) -> None:
+    async with session.worker():
+        await trio.sleep(5)
+
+
+async def test_looking_for_a_nested_checkout_asks_no_object(autojump_clock: MockClock) -> None:
+    """An object of the user's may do anything when it is asked for its class."""
+
+    class Lazy:
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError("asked")
+
+        @__class__.setter
+        def __class__(self, value: Any) -> None: ...
+
+    async def client(session: Session) -> None:
+        lazy = Lazy()
+        with pytest.raises(whitepool.CheckoutTimeout):
+            await session.block_checkout(timeout=0.5)
+        del lazy
+
+    async with (
+        whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session,
+        session.worker(),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(client, session)
+
+
+def test_a_decorator_that_adds_arguments() -> None:
+    """What it wraps says nothing about how it is called."""
+
+    def with_settings(function: Callable[..., Any]) -> Callable[[], Any]:
+        @wraps(function)
+        def call() -> Any:
+            return function("settings")
+
+        return call
+
+    @with_settings
+    async def factory(settings: str) -> Tool:
+        raise AssertionError(settings)
+
+    assert whitepool.Pool(factory).factory is factory
+    with pytest.raises(TypeError, match="factory is called without arguments"):
+        whitepool.Pool(asynccontextmanager(needs_a_name))  # type: ignore[arg-type]
+
+
+async def needs_a_name(name: str) -> AsyncIterator[Tool]:
+    raise AssertionError(name)
+    yield
+
+
+async def test_an_error_that_cannot_be_shown(autojump_clock: MockClock) -> None:
+    """The pool survives it, and names its type."""
+
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise IndexError
+
+    async def fail(_: int) -> None:
+        raise Unspeakable
+
+    shop = Workshop()
+    shop.before_open = fail
+    with pytest.raises(whitepool.PoolStartError, match=r"the last start failed: Unspeakable$"):
+        async with whitepool.open_pool(shop.make, start_timeout=1):
+            pass
+
+
+async def test_a_pool_that_could_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be tried again."""
+    pool = whitepool.Pool(Workshop().make, pool_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("whitepool._pool.Supervisor", Mock(side_effect=OSError("no descriptors")))
+        with pytest.raises(OSError, match="no descriptors"):
+            await pool.run_service()
+    async with trio.open_nursery() as nursery:
+        session: Session = await nursery.start(pool.run_service)
+        await session.safe_shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -28,11 +29,16 @@ def check_seconds(option: str, value: object, *, more_than_zero: bool = False) -
 
 
 def check_call(what: str, function: Callable[..., object], *arguments: str) -> None:
-    """Raise `TypeError` unless `function` can be called with so many arguments, named here."""
+    """Raise `TypeError` unless `function` can be called with so many arguments, named here.
+
+    A decorator may add arguments, so what it wraps says nothing, unless it is one of contextlib's.
+    """
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    adds_nothing = getattr(code, "co_filename", "") == contextlib.__file__
     try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return  # some builtins have none
+        signature = inspect.signature(function, follow_wrapped=adds_nothing)
+    except Exception:
+        return  # some builtins have none, and the annotations of a function may not exist yet
     try:
         signature.bind(*arguments)
     except TypeError as error:
@@ -41,9 +47,10 @@ def check_call(what: str, function: Callable[..., object], *arguments: str) -> N
 
 
 def check_plain(what: str, function: Callable[..., object]) -> None:
-    """Raise `TypeError` if a function is async whose answer is needed at once."""
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise TypeError(f"{what} must be a plain function: an async one can't answer at once")
+    """Raise `TypeError` if a function, or an object that is called, is async."""
+    for called in (function, type(function).__call__):
+        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+            raise TypeError(f"{what} must be a plain function: an async one can't answer at once")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

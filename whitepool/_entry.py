@@ -104,7 +104,6 @@ class Entry(Generic[T]):
         "can_be_checked",
         "checked_out_at",
         "crash",
-        "crashed",
         "evict_reason",
         "expires_at",
         "fileno",
@@ -112,6 +111,7 @@ class Entry(Generic[T]):
         "in_use_since",
         "is_alive",
         "jitter",
+        "lost",
         "needs_reset",
         "opened_at",
         "opening_time",
@@ -140,8 +140,8 @@ class Entry(Generic[T]):
         """Seconds that opening it took."""
         self.expires_at = math.inf
         """When it has reached its `max_lifetime`."""
-        self.crashed: trio.Event | None = None
-        """Set when the worker crashes. Made when a client asks for it, which is rare."""
+        self.lost: trio.Event | None = None
+        """Set when the pool closes the worker while a client has it. Made when the client asks."""
         self.crash: Exception | None = None
         """Why it crashed, as far as it is known yet."""
         self.in_use_since = -math.inf

@@ -62,7 +62,10 @@ def describe(error: BaseException) -> str:
     """Name an error by its type and message, on one line; of a group, each of its errors."""
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(describe(inner) for inner in error.exceptions)
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = ""  # a class of the user's may fail in this, and must not take the pool down
     name = type(error).__name__
     return f"{name}: {message}" if message else name
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from typing import Any
 
 import structlog
@@ -37,24 +38,25 @@ class PoolLog:
 
     def __init__(self, pool: str) -> None:
         self._pool = pool
-        self._last = -math.inf
-        self._suppressed = 0
+        # Of each event: when it was logged last, and how many times it was not since.
+        self._last: dict[str, float] = {}
+        self._suppressed: Counter[str] = Counter()
 
     def warning(self, event: str, **keys: object) -> None:
         """Log an event that is rare."""
         log.warning(event, pool=self._pool, **keys)
 
     def throttled_warning(self, event: str, **keys: object) -> None:
-        """Log an event that may be frequent, unless one was logged less than a second ago.
+        """Log an event that may be frequent, unless one of its name was logged less than a second ago.
 
-        The next one that is logged says how many were suppressed.
+        The next one of that name that is logged says how many were suppressed.
         """
         now = trio.current_time()
-        if now - self._last < 1:
-            self._suppressed += 1
+        if now - self._last.get(event, -math.inf) < 1:
+            self._suppressed[event] += 1
             return
-        if self._suppressed:
-            keys["suppressed"] = self._suppressed
+        suppressed = self._suppressed.pop(event, 0)
+        if suppressed:
+            keys["suppressed"] = suppressed
         self.warning(event, **keys)
-        self._last = now
-        self._suppressed = 0
+        self._last[event] = now

@@ -108,15 +108,11 @@ class WorkerManager(Generic[T]):
             yield worker
 
     async def _create_ready(self) -> T:
-        """Make a worker ready for its first client. Default: all there is to do is `create`."""
-        return await self._created()
+        """Open a worker by `create`, and explain its refusals. Default: there is nothing to explain."""
+        return await created_by(self)
 
-    async def _created(self) -> T:
-        """Call `create`. Raises `PoolStartError` if it is not async, as that would not change."""
-        made: object = self.create()
-        if not inspect.isawaitable(made):
-            raise PoolStartError(f"create must be async, but it returned {type(made).__name__}")
-        return cast("T", await made)
+    async def _on_open(self, worker: T) -> None:
+        """Set up a worker that was just opened, whichever `lifespan` opened it."""
 
     async def _before_on_checkin(self, worker: T) -> None:
         """Undo what the client has left half done, as far as the hook `on_checkin` must not see it."""
@@ -148,6 +144,14 @@ class FactoryManager(WorkerManager[T]):
                 "the factory must return an awaitable or an async context manager, "
                 f"not {type(made).__name__}"
             )
+
+
+async def created_by(manager: WorkerManager[T]) -> T:
+    """Call `create`. Raises `PoolStartError` if it is not async, as that would not change."""
+    made: object = manager.create()
+    if not inspect.isawaitable(made):
+        raise PoolStartError(f"create must be async, but it returned {type(made).__name__}")
+    return cast("T", await made)
 
 
 def check_factory(factory: object) -> None:

@@ -1,20 +1,22 @@
 """Whether a task that waits for a worker holds one already: a likely deadlock, which its error names.
 
 A checkout does not note which task it is for, as that would cost each of them something. So this looks
-where the task must have its worker, once its time is up: among the local variables of its coroutines,
-and what their ``async with`` blocks will leave.
+where a task mostly has its worker, once its time is up: among the local variables of its coroutines,
+and what their ``async with`` blocks will leave. It finds resources and blocks, and not the worker
+itself: a variable may still refer to that when it has been returned.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
-from types import FrameType, MethodType
+from collections.abc import Iterator
+from types import CoroutineType, FrameType, MethodType
 from typing import Any, Generic, TypeVar
 
 from trio.lowlevel import Task
 
-from ._entry import Entry
+from ._entry import Entry, State
+from ._roster import Roster
 
 T = TypeVar("T")
 
@@ -29,25 +31,25 @@ class Holder(Generic[T]):
         raise NotImplementedError
 
 
-def holds_one_of(task: Task, entries: Iterable[Entry[Any]]) -> bool:
-    """Say whether a coroutine of a waiting task refers to one of the workers, or to its holder."""
-    wanted = set()
-    for entry in entries:
-        wanted |= {id(entry), id(entry.worker)}
-    return any(
-        id(thing._held() if isinstance(thing, Holder) else thing) in wanted
-        for thing in _referents(task)
-    )
+def holds_one_of(task: Task, roster: Roster[Any]) -> bool:
+    """Say whether a coroutine of a waiting task refers to the holder of a worker of this roster."""
+    for thing in _referents(task):
+        # The type, not isinstance: that asks the object, which may be anything of the user's.
+        if issubclass(type(thing), Holder):
+            entry = thing._held()
+            if entry in roster.entries and entry.state is State.IN_USE:
+                return True
+    return False
 
 
-def _referents(task: Task) -> Iterator[object]:
+def _referents(task: Task) -> Iterator[Any]:
     """Yield what the coroutines of a task refer to, each of which awaits the next."""
     coroutine: Any = task.coro
-    while coroutine is not None:
+    while type(coroutine) is CoroutineType:
         referents = gc.get_referents(coroutine)
         # Until Python 3.10 the coroutine refers to its frame, and only that to the variables.
-        for frame in [thing for thing in referents if isinstance(thing, FrameType)]:
+        for frame in [thing for thing in referents if type(thing) is FrameType]:
             referents += gc.get_referents(frame)
         for thing in referents:
-            yield thing.__self__ if isinstance(thing, MethodType) else thing
-        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
+            yield thing.__self__ if type(thing) is MethodType else thing
+        coroutine = coroutine.cr_await

@@ -66,11 +66,11 @@ class Pool(Options, Generic[T]):
             raise RuntimeError(
                 f"{self.name} is running: make a Pool for each time that it runs at once"
             )
-        _running.add(self)
         factory = self.factory
         manager = factory if isinstance(factory, WorkerManager) else FactoryManager(factory)
         supervisor = Supervisor(manager, options=self)
         session: Session[T] = (manager._session_class or Session)(supervisor)
+        _running.add(self)
         try:
             async with trio.open_nursery(strict_exception_groups=True) as nursery:
                 nursery.start_soon(supervisor.run)

@@ -70,17 +70,17 @@ class Resource(Holder[T]):
 
     @property
     def lost(self) -> trio.Event:
-        """An event that is set when the worker crashes while it is checked out; then `get` says why.
+        """An event that is set when the worker crashes, or the pool closes it, while it is checked out.
 
-        Wait for it beside an answer that a dead worker would never give. Raises `NotCheckedOut` once
-        the resource has been returned.
+        Wait for it beside an answer that a dead worker would never give. After a crash, `get` says why.
+        Raises `NotCheckedOut` once the resource has been returned.
         """
         entry = self._checked_out()
-        if entry.crashed is None:
-            entry.crashed = trio.Event()
-            if entry.evict_reason == "crashed":
-                entry.crashed.set()
-        return entry.crashed
+        if entry.lost is None:
+            entry.lost = trio.Event()
+            if entry.state is State.CLOSING:
+                entry.lost.set()
+        return entry.lost
 
     def _checked_out(self) -> Entry[T]:
         if self._entry is None:

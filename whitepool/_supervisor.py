@@ -155,6 +155,8 @@ class Supervisor(Generic[T]):
         if entry.state is State.CLOSING:
             return
         is_open = entry.is_open
+        if entry.lost is not None and entry.state is IN_USE:
+            entry.lost.set()
         self.roster.mark(entry, reason)
         self.roster.move(entry, State.CLOSING)
         if is_open:
@@ -249,7 +251,7 @@ class Supervisor(Generic[T]):
         """Say so if a task has waited for a worker while it held one, and no other was to be had."""
         if self.obtainable() > 0:
             return ""
-        if not holds_one_of(task, [entry for entry in self.roster.entries if entry.state is IN_USE]):
+        if not holds_one_of(task, self.roster):
             return ""
         return (
             "; this task seems to hold a worker of this pool already: such nested checkouts wait for "
@@ -333,8 +335,6 @@ class Supervisor(Generic[T]):
         # If the pool has asked for it, the worker is being closed already, and this does nothing. A
         # crash is logged in `on_closed`, when its error is known.
         self.evict(entry, "crashed", is_logged=True)
-        if entry.evict_reason == "crashed" and entry.crashed is not None:
-            entry.crashed.set()
 
     def on_closed(self, entry: Entry[T], error: Exception | None) -> None:
         if entry.evict_reason == "crashed":

@@ -126,6 +126,7 @@ class WorkerTask(Generic[T]):
                     )
                 async with lifespan as entry.worker:
                     try:
+                        await self._manager._on_open(entry.worker)
                         await self._call_on_create()
                         # A worker that was not open within `start_timeout` is a failed start, even if
                         # no checkpoint has noticed the deadline.

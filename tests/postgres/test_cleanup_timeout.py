@@ -238,3 +238,13 @@ async def test_it_is_a_number_of_seconds(dsn: str, value: Any, error: type[Excep
         await connect(dsn, cleanup_timeout=value)
     with pytest.raises(error, match="cleanup_timeout must be"):
         PostgresManager(dsn, cleanup_timeout=value)
+
+
+async def test_without_a_bound(dsn: str) -> None:
+    """A cancellation that leaves nested blocks takes as long as it takes, and is raised."""
+    async with await connect(dsn, cleanup_timeout=math.inf) as connection:
+        with trio.move_on_after(0.1) as scope:
+            async with connection.transaction(), connection.transaction():
+                await connection.execute(SLOW)
+        assert scope.cancelled_caught
+        await check_usable(connection)

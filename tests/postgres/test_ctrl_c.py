@@ -21,6 +21,7 @@ from typing import Any
 import psycopg
 import pytest
 import trio
+from trio.lowlevel import enable_ki_protection
 
 from whitepool.postgres import TrioConnection, connect
 
@@ -109,6 +110,8 @@ async def notifies(connection: Connection) -> None:
             pass
 
 
+# A Ctrl-C between a nursery and its block would leave tasks behind: that is Python's doing, and Trio's.
+@enable_ki_protection
 async def in_a_task(connection: Connection) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(transaction, connection)

@@ -384,7 +384,9 @@ class Client:
     async def server_cursor(self, connection: Connection) -> None:
         async with connection.cursor("named") as cursor:
             await cursor.execute(self.query)
-            self.check(await cursor.fetchmany(2))
+            # psycopg in C crashes on rows of a cursor that was described as one without columns.
+            if cursor.description:
+                self.check(await cursor.fetchmany(2))
 
 
 TOLERATED = (psycopg.Error, PoolError, trio.TooSlowError)

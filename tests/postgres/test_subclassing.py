@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import psycopg
@@ -154,3 +155,34 @@ async def test_a_context_of_your_own_holds_again_after_a_reset(dsn: str) -> None
                 assert await ask(connection, "SELECT 'mine'::text") == "<mine>"
                 connection.adapters.register_loader("text", TextLoader)
                 assert await ask(connection, "SELECT 'mine'::text") == "mine"
+
+
+class OwnLifespan(PostgresManager):
+    """Opens and closes in a way of its own."""
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[Connection]:
+        connection = await self.create()
+        try:
+            yield connection
+        finally:
+            await connection.close()
+
+
+@pytest.mark.parametrize("reset", ["rollback", "session"])
+async def test_a_lifespan_of_your_own_keeps_configure_and_reset(dsn: str, reset: Any) -> None:
+    """Whichever way a connection was opened, it is configured and reset like any other."""
+    configured: list[Connection] = []
+
+    async def configure(connection: Connection) -> None:
+        configured.append(connection)
+        await connection.execute("SET work_mem = '5MB'")
+        await connection.commit()
+
+    manager = OwnLifespan(dsn, configure=configure, reset=reset)
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0) as session:
+        for _ in range(3):
+            async with session.worker() as connection:
+                assert connection is configured[0]
+                assert await ask(connection, "SHOW work_mem") == "5MB"
+        assert session.statistics().destroyed == 0

@@ -91,8 +91,8 @@ def cleanup_scope(connection: TrioConnection[Any]) -> Iterator[trio.CancelScope]
     that is not being cancelled; see `after_cleanup`.
     """
     connection._needs_care = True
-    begun = trio.current_time()
     if connection._cleanups == 0:
+        begun = connection._cleanup_begun = trio.current_time()
         connection._cleanup_deadline = begun + connection.cleanup_timeout - connection._cleanup_used
     connection._cleanups += 1
     try:
@@ -101,8 +101,7 @@ def cleanup_scope(connection: TrioConnection[Any]) -> Iterator[trio.CancelScope]
     finally:
         connection._cleanups -= 1
         if connection._cleanups == 0:
-            remaining = connection._cleanup_deadline - trio.current_time()
-            connection._cleanup_used = connection.cleanup_timeout - remaining
+            connection._cleanup_used += trio.current_time() - connection._cleanup_begun
 
 
 def after_cleanup(connection: TrioConnection[Any]) -> None:

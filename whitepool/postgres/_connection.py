@@ -79,8 +79,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         self.server_cursor_factory = TrioServerCursor
         # Whether a cancellation has ended a COPY FROM STDIN whose block has not been left yet.
         self._copy_was_ended = False
-        # For `cleanup_scope`: how many are entered, when they end, and what earlier ones have used up.
+        # For `cleanup_scope`: how many are entered, since when and until when, and what earlier ones
+        # have used up.
         self._cleanups = 0
+        self._cleanup_begun = 0.0
         self._cleanup_deadline = 0.0
         self._cleanup_used = 0.0
         # Whether one of the above has to be looked at before the next operation.

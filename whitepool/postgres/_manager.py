@@ -18,7 +18,7 @@ from psycopg.generators import execute
 
 from .._checks import check_call
 from .._errors import PoolStartError
-from .._manager import WorkerManager, on_discarded
+from .._manager import WorkerManager, created_by, on_discarded
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, validate
 from ._connection import TrioConnection
@@ -210,28 +210,29 @@ class PostgresManager(ConnectionManager):
         return connection
 
     async def _create_ready(self) -> Connection:
-        """Connect by `create`, whoever wrote it, and configure the connection.
+        """Connect by `create`, whoever wrote it.
 
-        Raises `whitepool.PoolStartError` if another attempt could only fail as well: every host refuses
-        for a reason that will not go away by itself, or a callable of the user's leaves a transaction
-        open.
+        Raises `whitepool.PoolStartError` if another attempt could only fail as well, because every host
+        refuses for a reason that will not go away by itself.
         """
         try:
-            connection = await self._created()
+            return await created_by(self)
         except psycopg.OperationalError as error:
             if is_final(error):
                 raise PoolStartError(str(error)) from error
             raise
+
+    async def _on_open(self, worker: Connection) -> None:
+        """Configure a new connection, whoever opened it.
+
+        Raises `whitepool.PoolStartError` if a callable of the user's leaves a transaction open, or is
+        not async: another attempt would only do so again.
+        """
         try:
-            _demand_no_transaction(connection, "create")
-            await self._set_up(connection)
+            _demand_no_transaction(worker, "create")
+            await self._set_up(worker)
         except _Misused as error:
-            await connection.close()
             raise PoolStartError(str(error)) from error
-        except BaseException:
-            await connection.close()
-            raise
-        return connection
 
     def needs_reset(self, worker: Connection) -> bool:
         """Return whether the connection has to be reset: with a `reset` beyond a rollback, always."""

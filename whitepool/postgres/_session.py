@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import psycopg
+import trio
 from psycopg import pq
 from trio.lowlevel import checkpoint_if_cancelled, enable_ki_protection
 
@@ -126,5 +127,9 @@ async def _roll_back(connection: TrioConnection[Any]) -> None:
     What can't be rolled back, the pool discards when the connection is returned.
     """
     if connection.pgconn.transaction_status in (_INTRANS, _INERROR) and not _is_busy(connection):
-        with suppress(psycopg.Error), shielded_cleanup(connection):
+        with (
+            suppress(psycopg.Error),
+            shielded_cleanup(connection),
+            trio.move_on_after(connection.cleanup_timeout),
+        ):
             await connection.rollback()
