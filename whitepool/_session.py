@@ -154,10 +154,10 @@ class Session(Generic[T]):
         else:
             supervisor = self._supervisor
             if self._max_waiting != math.inf and overload.is_queue_full(
-                len(self._queue.waiters), self._max_waiting, supervisor.obtainable()
+                len(self._queue.waiters), self._max_waiting, supervisor.standing.obtainable()
             ):
                 await cancel_shielded_checkpoint()
-                raise supervisor.count_overload()
+                raise supervisor.standing.count_overload()
             supervisor.request_worker()
             entry, since = await self._queue.wait(timeout)
             resource = self._hand_out(entry, since)
@@ -183,7 +183,7 @@ class Session(Generic[T]):
             if entry.in_use_since > self._time_slice.ends:
                 await self._yield_to_others()
         else:
-            if len(self._queue.waiters) >= self._supervisor.obtainable():
+            if len(self._queue.waiters) >= self._supervisor.standing.obtainable():
                 await cancel_shielded_checkpoint()
                 raise PoolFull(f"{self.name}: clients, and tasks that wait, take up every worker")
             self._supervisor.request_worker()

@@ -17,7 +17,7 @@ COUNTERS = (
     "leaked",
     "discarded",
 )
-"""What is counted from the opening on. `Session` counts the checkouts, `Supervisor` the timeouts,
+"""What is counted from the opening on. `Session` counts the checkouts, `Standing` the timeouts,
 overloads and discarded transactions, `Starter` the failed starts. `Roster` counts the workers that were
 started, and that left."""
 

@@ -7,19 +7,19 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 import trio
-from trio.lowlevel import Task, enable_ki_protection
+from trio.lowlevel import enable_ki_protection
 
 from ._entry import REASONS, Departure, Entry, Reason, State
-from ._errors import CheckoutTimeout, PoolClosed, PoolOverloaded, PoolStartError, describe
+from ._errors import PoolClosed, PoolStartError, describe
 from ._hangup import HangupWatch
 from ._log import PoolLog
 from ._maintenance import Maintenance
 from ._manager import WorkerManager
-from ._nesting import holds_one_of
 from ._options import Options
 from ._roster import IN_USE, Roster
+from ._standing import Standing
 from ._starting import Starter
-from ._statistics import COUNTERS, PoolState, PoolStatistics
+from ._statistics import COUNTERS, PoolStatistics
 from ._wait_queue import WaitQueue
 from ._worker_task import WorkerTask
 
@@ -44,12 +44,6 @@ class Supervisor(Generic[T]):
         self.name = str(options.name)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.roster: Roster[T] = Roster(self.counters, options.strategy)
-        self.queue: WaitQueue[Entry[T]] = WaitQueue(
-            patience=options.patience,
-            make_timeout=self.count_timeout,
-            make_overload=self.count_overload,
-            on_unserved=self._on_unserved_waiter,
-        )
         self.draining = False
         self.closed = trio.Event()
         self.now = trio.lowlevel.current_clock().current_time
@@ -67,6 +61,14 @@ class Supervisor(Generic[T]):
         self.starter = Starter(
             self.roster, options, self.counters, self._log, start_one=self._start_worker
         )
+        self.standing = Standing(options, self.counters, self.roster, self.starter)
+        self.queue: WaitQueue[Entry[T]] = WaitQueue(
+            patience=options.patience,
+            make_timeout=self.standing.count_timeout,
+            make_overload=self.standing.count_overload,
+            on_unserved=self._on_unserved_waiter,
+        )
+        self.standing.queue = self.queue
         self._maintenance = Maintenance(self.roster, options, evict=self.evict, replace=self.wake)
         # The channel of ready workers. It has no bound, because at most one message for each worker,
         # and one None, are in it at a time.
@@ -212,78 +214,14 @@ class Supervisor(Generic[T]):
 
     # -- What sessions ask ---------------------------------------------------------------------------
 
-    def obtainable(self) -> int:
-        """Return how many waiters can be served without a client returning a worker."""
-        return self._limit - self.roster.in_use
-
     def request_worker(self) -> None:
         """Have a worker started for a task that is about to wait, if there is room for one."""
         if len(self.roster.entries) < self._limit:
             self.wake()
 
-    def count_timeout(self, task: Task, timeout: float) -> CheckoutTimeout:
-        """Count a waiter whose time is up, and make its error, which says how the pool stands now."""
-        self.counters["timeouts"] += 1
-        error = CheckoutTimeout(
-            f"{self.name} has had no worker within {timeout:g} s: {self._how_it_stands()}"
-            f"{self._hint_at_nesting(task)}"
-        )
-        error.__cause__ = self.starter.why_none_starts(self.now())
-        return error
-
-    def count_overload(self) -> PoolOverloaded:
-        """Count a task that is shed, or refused, and make its error."""
-        self.counters["overloads"] += 1
-        error = PoolOverloaded(f"{self.name} is overloaded: {self._how_it_stands()}")
-        error.__cause__ = self.starter.why_none_starts(self.now())
-        return error
-
-    def _how_it_stands(self) -> str:
-        roster = self.roster
-        error = self.starter.why_none_starts(self.now())
-        reason = f"; the last start failed: {describe(error)}" if error else ""
-        return (
-            f"{roster.in_use} in use, {roster.opening} starting, {roster.servicing} resetting, "
-            f"{len(self.queue.waiters)} waiting{reason}"
-        )
-
-    def _hint_at_nesting(self, task: Task) -> str:
-        """Say so if a task has waited for a worker while it held one, and no other was to be had."""
-        if self.obtainable() > 0:
-            return ""
-        if not holds_one_of(task, self.roster):
-            return ""
-        return (
-            "; this task seems to hold a worker of this pool already: such nested checkouts wait for "
-            "each other, so pass the worker on instead"
-        )
-
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
-        roster, options = self.roster, self.options
-        state: PoolState
-        if self.closed.is_set():
-            state = "closed"
-        elif self.draining:
-            state = "draining"
-        elif roster.idle:
-            state = "ready"
-        else:
-            state = "overflow" if len(roster.entries) < self._limit else "full"
-        return PoolStatistics(
-            name=self.name,
-            state=state,
-            pool_size=options.pool_size,
-            max_overflow=options.max_overflow,
-            idle=len(roster.idle),
-            in_use=roster.in_use,
-            overflow=max(0, roster.open + roster.opening - options.pool_size),
-            starting=roster.opening,
-            resetting=roster.servicing,
-            waiting=len(self.queue.waiters),
-            longest_wait=self.queue.longest_wait(self.now()),
-            **self.counters,
-        )
+        return self.standing.snapshot(draining=self.draining, closed=self.closed.is_set())
 
     # -- What worker tasks report --------------------------------------------------------------------
     #
