@@ -581,3 +581,18 @@ async def test_a_pool_that_could_not_begin(monkeypatch: pytest.MonkeyPatch) -> N
     async with trio.open_nursery() as nursery:
         session: Session = await nursery.start(pool.run_service)
         await session.safe_shutdown()
+
+
+async def test_a_worker_of_another_pool(autojump_clock: MockClock) -> None:
+    """A task may hold one while it waits for one of this pool: they don't wait for each other."""
+    async with (
+        whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session,
+        whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as other,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(hold, session)
+        async with other.worker():
+            await trio.sleep(0.1)
+            with pytest.raises(whitepool.CheckoutTimeout) as caught:
+                await session.block_checkout(timeout=0.5)
+        assert "seems to hold" not in str(caught.value)
