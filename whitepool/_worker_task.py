@@ -199,7 +199,7 @@ class WorkerTask(Generic[T]):
             await job()
 
     async def _reset_with_hooks(self) -> None:
-        """Make a returned worker ready: the hook `on_checkin`, a reset where it is needed, and the hook
+        """Make a returned worker ready: the hook `on_checkin`, a reset if it is needed, and the hook
         `after_release` when it may be used again."""
         if self._options.hooks.on_checkin is not None and not (
             await self._attempt("reset_failed", self._prepare_for_on_checkin)
