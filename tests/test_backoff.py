@@ -127,39 +127,39 @@ def test_calm_forgets_everything() -> None:
 # -- Early deaths --------------------------------------------------------------------------------------
 
 
-def die(deaths: EarlyDeaths, *, at: float, age: float = 0.5) -> bool:
+def die(deaths: EarlyDeaths, most: int, *, at: float, age: float = 0.5) -> bool:
     """Have a worker of this age die, and say whether there have been too many."""
-    return deaths.too_many(opened_at=at - age, now=at)
+    return deaths.too_many(most, opened_at=at - age, now=at)
 
 
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_as_many_as_there_are_workers_may_be_accidents(most: int) -> None:
     """The next early death is that of a successor: there are too many from then on."""
-    deaths = EarlyDeaths(most)
-    assert [die(deaths, at=time) for time in range(most + 2)] == [False] * most + [True] * 2
+    deaths = EarlyDeaths()
+    assert [die(deaths, most, at=time) for time in range(most + 2)] == [False] * most + [True] * 2
 
 
 @pytest.mark.parametrize(("age", "is_early"), [(0, True), (0.99, True), (1, False), (60, False)])
 def test_what_an_early_death_is(age: float, is_early: bool) -> None:
     """One that comes sooner than `EARLY_DEATH_WINDOW` after the worker was opened."""
     assert EARLY_DEATH_WINDOW == 1
-    assert die(EarlyDeaths(most=0), at=100, age=age) is is_early
+    assert die(EarlyDeaths(), 0, at=100, age=age) is is_early
 
 
 @pytest.mark.parametrize(("at", "too_many"), [(5, True), (5.1, False)])
 def test_a_late_death_changes_nothing(at: float, too_many: bool) -> None:
     """Neither does it count, nor does it end the series, nor does it prolong it."""
-    deaths = EarlyDeaths(most=1)
-    assert not die(deaths, at=0)
+    deaths = EarlyDeaths()
+    assert not die(deaths, 1, at=0)
     for time in range(1, 5):
-        assert not die(deaths, at=time, age=30)
-    assert die(deaths, at=at) is too_many
+        assert not die(deaths, 1, at=time, age=30)
+    assert die(deaths, 1, at=at) is too_many
 
 
 @pytest.mark.parametrize(("calm", "too_many"), [(4.9, True), (5, True), (5.1, False)])
 def test_calm_ends_a_series_of_early_deaths(calm: float, too_many: bool) -> None:
     """Where it lasts for longer than `FAILURE_RESET_AFTER`, counted from the last of them."""
-    deaths = EarlyDeaths(most=2)
-    assert not die(deaths, at=0)
-    assert not die(deaths, at=3)
-    assert die(deaths, at=3 + calm) is too_many
+    deaths = EarlyDeaths()
+    assert not die(deaths, 2, at=0)
+    assert not die(deaths, 2, at=3)
+    assert die(deaths, 2, at=3 + calm) is too_many

@@ -38,7 +38,6 @@ def test_a_new_entry_is_opening() -> None:
     assert entry.state is OPENING
     assert entry.evict_reason is None
     assert entry.opened_at == entry.in_use_since == entry.idle_since == entry.probed_at < 0
-    assert not entry.probing
 
 
 def test_the_jitter_is_a_tenth_at_most() -> None:

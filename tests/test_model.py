@@ -27,6 +27,7 @@ from timing import Hangs, alarm
 from workshop import Manager, Tool, Workshop, check_books, tool_of
 
 import whitepool
+from whitepool._supervisor import PROMPT_ANSWER
 
 R = TypeVar("R")
 
@@ -108,7 +109,7 @@ class Moody(Manager):
         self.crashed: set[Tool] = set()
         self.hung_up: set[Tool] = set()
         self.peers: dict[Tool, tuple[socket.socket, socket.socket]] = {}
-        self.last_failure = -math.inf
+        self.last_failure = self.last_success = -math.inf
         self.rush = 0
         """Workers that were started in this step, without time having passed."""
         self._rush_at = -math.inf
@@ -127,6 +128,7 @@ class Moody(Manager):
                 self.peers[tool] = ours, theirs
                 if trio.current_time() >= begun + START_TIMEOUT:
                     self.last_failure = trio.current_time()  # open, but too late
+                self.last_success = trio.current_time()
                 yield tool
 
     def fileno(self, worker: Tool) -> int:
@@ -183,11 +185,13 @@ class Client:
     deadline: float
     comes_too_late: bool
     """The pool has begun to shut down."""
+    joined: float
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     end: str = "waiting"
     ended_at: float = math.inf
 
 
+sizes = st.integers(0, 3)
 seconds = st.sampled_from([0.05, 0.5, 2.0, 10.0, 40.0])
 any_of = st.integers(0, 11)
 """Which one of however many there are."""
@@ -215,19 +219,22 @@ class PoolMachine(RuleBasedStateMachine):
         self.last_death = -math.inf
         self.steps = 0
         self.draining = False
+        self.to_be_replaced: dict[Tool, float] = {}
+        """Those that have been called in, and when that was over."""
         self.closes_by = math.inf
         """When the workers that clients still hold will be closed."""
 
     @initialize(
         seed=st.random_module(),  # of Trio's scheduler too
-        pool_size=st.integers(0, 3),
-        max_overflow=st.integers(0, 3),
+        pool_size=sizes,
+        max_overflow=sizes,
+        min_ready=st.sampled_from([None, 0]),
         strategy=st.sampled_from(["lifo", "fifo"]),
         lazy=st.booleans(),
         overflow_ttl=st.sampled_from([0.0, 1.0, 10.0, math.inf]),
         idle_timeout=periods,
         max_lifetime=periods,
-        check_interval=st.sampled_from([math.inf, 3.0]),
+        check_interval=st.sampled_from([math.inf, 3.0, 0.0]),
         patience=st.sampled_from([0.4, 1.0]),
         with_hooks=st.booleans(),
         opens=st.sampled_from(["ok", "ok", "slow", "flaky", "failing"]),
@@ -260,6 +267,12 @@ class PoolMachine(RuleBasedStateMachine):
         with client.scope:
             try:
                 resource = await checkout()
+            except whitepool.PoolUnavailable:
+                client.end = "unavailable"
+                timeout = client.deadline - client.joined
+                outage = client.joined - self.manager.last_success
+                self._expect(outage > timeout, f"{client} could have waited")
+                self._expect(not self.held - self.manager.crashed, "a client has a worker")
             except whitepool.PoolOverloaded:
                 client.end = "overloaded"
                 self._expect(self.options["patience"] < 1, f"{client} was shed")
@@ -302,7 +315,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.complaints.append(else_complain)
 
     async def _enter(self, timeout: float, checkout: Callable[[], Awaitable[Any]]) -> None:
-        client = Client(len(self.clients), trio.current_time() + timeout, self.draining)
+        now = trio.current_time()
+        client = Client(len(self.clients), now + timeout, self.draining, now)
         self.clients.append(client)
         self.trio.nursery.start_soon(self._client, client, checkout)
 
@@ -316,7 +330,9 @@ class PoolMachine(RuleBasedStateMachine):
         async def checkout_nowait() -> whitepool.Resource[Tool]:
             try:
                 return self.session.checkout_nowait()
-            except trio.WouldBlock:
+            except (trio.WouldBlock, RuntimeError) as error:
+                must_wait = self.options["check_interval"] == 0
+                self._expect(isinstance(error, RuntimeError) == must_wait, f"it raised {error!r}")
                 raise whitepool.PoolFull from None
 
         checkout = self.session.nonblock_checkout if waits else checkout_nowait
@@ -412,6 +428,37 @@ class PoolMachine(RuleBasedStateMachine):
     def a_busy_worker_dies(self, which: int, how: str) -> None:
         self.trio.run(self._kill, tool_of(self.leases[which % len(self.leases)]), how)
 
+    # -- Operators -------------------------------------------------------------------------------------
+
+    @rule(over=st.sampled_from([0.0, 0.0, 3.0]))
+    def retire_all(self, over: float) -> None:
+        async def retire_all() -> None:
+            there = [tool for tool in self.shop.alive if tool in self.manager.peers]
+            if not self.draining:
+                self.to_be_replaced |= dict.fromkeys(there, trio.current_time() + over)
+            self.session.retire_all(over)
+
+        self.trio.run(retire_all)
+
+    @rule(pool_size=st.none() | sizes, max_overflow=st.none() | sizes)
+    def resize(self, pool_size: int | None, max_overflow: int | None) -> None:
+        async def resize() -> None:
+            self.session.resize(pool_size, max_overflow)
+            now = self.session.statistics()
+            if not self.draining:
+                assert now.pool_size == (before.pool_size if pool_size is None else pool_size)
+                assert now.max_overflow == (
+                    before.max_overflow if max_overflow is None else max_overflow
+                )
+            self.limit = now.pool_size + now.max_overflow
+            # From now on none is started beyond the new limit.
+            self.shop.most_alive = 0
+
+        before = self.session._supervisor.statistics()
+        size = before.pool_size if pool_size is None else pool_size
+        assume(size or (before.max_overflow if max_overflow is None else max_overflow))
+        self.trio.run(resize)
+
     @rule(mood=moods)
     def opening_is(self, mood: str) -> None:
         self.manager.opens = mood
@@ -435,7 +482,11 @@ class PoolMachine(RuleBasedStateMachine):
             # Each worker has been replaced once by the end of its life, and each a few times more
             # for some other reason. Workers that come and go for nothing are many more.
             shortest = 0.9 * min(self.options["idle_timeout"], self.options["max_lifetime"])
-            assert self.shop.attempts - before <= 5 + 2 * self.limit * (1 + seconds / shortest)
+            began = self.trio.clock.current_time() - seconds
+            called_in = sum(time >= began for time in self.to_be_replaced.values())
+            assert self.shop.attempts - before <= (
+                5 + called_in + 2 * self.limit * (1 + seconds / shortest)
+            )
 
     @rule(seconds=seconds)
     def the_machine_sleeps(self, seconds: float) -> None:
@@ -468,6 +519,8 @@ class PoolMachine(RuleBasedStateMachine):
             assert now.state == "closed"
             return
         assert (now.in_use, now.starting, now.resetting, now.waiting) == (0, 0, 0, 0)
+        assert not self.to_be_replaced.keys() & set(self.shop.alive)
+        assert now.idle <= self.limit
         if not self.options["lazy"]:
             assert now.idle >= now.pool_size
         if self.options["overflow_ttl"] != math.inf:
@@ -539,7 +592,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert now.leaked == self.leaked
         ends = [client.end for client in self.clients]
         assert now.checkouts == ends.count("served")
-        assert now.timeouts == ends.count("timed out")
+        assert now.timeouts == ends.count("timed out") + ends.count("unavailable")
+        assert not (now.state == "down" and (now.idle or now.in_use or now.resetting))
         assert now.overloads == ends.count("overloaded")
 
     def _the_bounds_hold(self) -> None:
@@ -569,8 +623,13 @@ class PoolMachine(RuleBasedStateMachine):
             return
         there = len(self.shop.alive) + self.shop.opening
         if self.waiting and there < self.limit:
-            assert self.shop.opening
-        if not self.options["lazy"] and not self.draining and there < self.options["pool_size"]:
+            # A worker that is probed may serve one of them, if it answers promptly. (Before that, it
+            # may have a hook to run.)
+            probes = self.session._supervisor.roster.probes.values()
+            prompt = [began for began in probes if began > now - PROMPT_ANSWER]
+            assert self.shop.opening or len(prompt) >= len(self.waiting)
+        pool_size = self.session._supervisor.statistics().pool_size
+        if not self.options["lazy"] and not self.draining and there < pool_size:
             assert self.shop.opening
 
     def _a_drained_pool_closes(self) -> None:

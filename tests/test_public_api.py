@@ -47,7 +47,9 @@ class PoolStatistics
     discarded
     idle
     in_use
+    last_error
     leaked
+    longest_use
     longest_wait
     lost
     max_overflow
@@ -62,22 +64,27 @@ class PoolStatistics
     starting
     state
     timeouts
+    wait_time
+    waited
     waiting
-Reason = overflow | idle | lifetime | shutdown | crashed | hung_up | check_failed | dead | destroyed
-            | reset_failed | hook_failed | leaked
+class PoolUnavailable(CheckoutTimeout)
+Reason = overflow | idle | lifetime | retire_all | shutdown | crashed | hung_up | check_failed |
+            dead | destroyed | reset_failed | hook_failed | leaked
 class Resource
     def get()
     lost
 class Session
-    async def block_checkout(timeout=5.0)
+    async def block_checkout(timeout=None)
     def checkin(resource)
     def checkout_nowait()
     def destroyed(resource)
     name
     async def nonblock_checkout()
+    def resize()
+    def retire_all(over=0.0)
     async def safe_shutdown(timeout=inf)
     def statistics()
-    def worker(timeout=5.0)
+    def worker(timeout=None)
 class WorkerLost(PoolError)
 class WorkerManager
     async def check(worker)
@@ -102,7 +109,7 @@ class PostgresManager(WorkerManager)
     def needs_reset(worker)
     async def reset(worker)
 class PostgresSession(Session)
-    def connection(timeout=5.0)
+    def connection(timeout=None)
 class TrioConnection(AsyncConnection)
     def __init__(pgconn, row_factory=None)
     async def cancel_safe(*, timeout=30.0)
@@ -126,10 +133,12 @@ max_overflow = 10
 strategy = lifo
 name = None
 lazy = False
+min_ready = None
 overflow_ttl = 10.0
 idle_timeout = inf
 max_lifetime = inf
 check_interval = 30.0
+checkout_timeout = 5.0
 start_timeout = 30.0
 reset_timeout = 5.0
 close_timeout = 5.0

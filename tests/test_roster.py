@@ -10,7 +10,7 @@ import pytest
 
 from whitepool import Reason
 from whitepool._entry import REASONS, TRANSITIONS, Departure, Entry, State
-from whitepool._options import Strategy
+from whitepool._options import Options, Strategy
 from whitepool._roster import IllegalTransition, Roster
 from whitepool._statistics import COUNTERS
 
@@ -46,7 +46,7 @@ RosterOf = Roster[str]
 
 
 def new_roster(strategy: Strategy = "lifo") -> RosterOf:
-    return Roster(dict.fromkeys(COUNTERS, 0), strategy)
+    return Roster(dict.fromkeys(COUNTERS, 0), Options(strategy=strategy))
 
 
 def add(

@@ -184,7 +184,7 @@ async def test_many_timeouts(autojump_clock: trio.testing.MockClock) -> None:
 
 @pytest.mark.parametrize(
     ("timeout", "error"),
-    [(-1, ValueError), (math.nan, ValueError), ("5", TypeError), (None, TypeError)],
+    [(-1, ValueError), (math.nan, ValueError), ("5", TypeError), (True, TypeError)],
 )
 async def test_a_bad_timeout_is_refused(timeout: Any, error: type[Exception]) -> None:
     """By name, and nothing is lost."""

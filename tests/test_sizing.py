@@ -42,7 +42,7 @@ def positions(entries: list[Entry[str]], found: list[Entry[str]]) -> list[int]:
 
 # -- Starts --------------------------------------------------------------------------------------------
 
-QUIET = {"waiting": 0, "opening": 0, "lasting": 5, "target": 5, "room": 9, "at_once": 4}
+QUIET = {"unprovided": 0, "opening": 0, "lasting": 5, "target": 5, "room": 9, "at_once": 4}
 """A pool that has what it needs, and room for more."""
 
 
@@ -50,22 +50,26 @@ QUIET = {"waiting": 0, "opening": 0, "lasting": 5, "target": 5, "room": 9, "at_o
     ("differs", "expected"),
     [
         pytest.param({}, 0, id="nothing is missing"),
-        pytest.param({"waiting": 1}, 1, id="1. a task waits"),
-        pytest.param({"waiting": 3, "opening": 1}, 2, id="1. a worker is on its way to one of three"),
-        pytest.param({"waiting": 2, "opening": 2}, 0, id="1. a worker is on its way to each"),
-        pytest.param({"waiting": 1, "opening": 3}, -2, id="1. more are on their way than tasks wait"),
+        pytest.param({"unprovided": 1}, 1, id="1. a task waits"),
+        pytest.param(
+            {"unprovided": 3, "opening": 1}, 2, id="1. a worker is on its way to one of three"
+        ),
+        pytest.param({"unprovided": 2, "opening": 2}, 0, id="1. a worker is on its way to each"),
+        pytest.param(
+            {"unprovided": 1, "opening": 3}, -2, id="1. more are on their way than tasks wait"
+        ),
         pytest.param({"lasting": 3}, 2, id="2. two are missing"),
         pytest.param({"lasting": 2, "opening": 1}, 2, id="2. three are missing, one is on its way"),
         pytest.param({"lasting": 3, "opening": 2}, 0, id="2. those that are missing are on their way"),
         pytest.param({"lasting": 7}, 0, id="2. there are more than the pool wants"),
         pytest.param({"lasting": 0, "target": 0}, 0, id="2. a lazy pool wants none"),
-        pytest.param({"waiting": 3, "lasting": 4}, 3, id="the greater of the two: the waiters"),
-        pytest.param({"waiting": 1, "lasting": 2}, 3, id="the greater of the two: the missing ones"),
-        pytest.param({"waiting": 3, "room": 2}, 2, id="3. there is room for two"),
-        pytest.param({"waiting": 3, "room": 0}, 0, id="3. there is room for none"),
-        pytest.param({"waiting": 9}, 4, id="3. four at once"),
-        pytest.param({"waiting": 9, "opening": 3}, 1, id="3. four at once, three of them under way"),
-        pytest.param({"waiting": 9, "at_once": 0}, 0, id="3. none at once"),
+        pytest.param({"unprovided": 3, "lasting": 4}, 3, id="the greater of the two: the waiters"),
+        pytest.param({"unprovided": 1, "lasting": 2}, 3, id="the greater of the two: the missing ones"),
+        pytest.param({"unprovided": 3, "room": 2}, 2, id="3. there is room for two"),
+        pytest.param({"unprovided": 3, "room": 0}, 0, id="3. there is room for none"),
+        pytest.param({"unprovided": 9}, 4, id="3. four at once"),
+        pytest.param({"unprovided": 9, "opening": 3}, 1, id="3. four at once, three of them under way"),
+        pytest.param({"unprovided": 9, "at_once": 0}, 0, id="3. none at once"),
     ],
 )
 def test_how_many_to_start(differs: dict[str, int], expected: int) -> None:
@@ -93,6 +97,7 @@ def test_how_many_start_at_once(is_failing: bool, is_pausing: bool, expected: in
 CROWDED: dict[str, Any] = {
     "lasting": 2,
     "target": 3,
+    "waiting": 0,
     "open_now": 3,
     "total": 3,
     "limit": 3,
@@ -108,6 +113,8 @@ CROWDED: dict[str, Any] = {
         pytest.param({"lasting": 4}, True, id="1. and one more"),
         pytest.param({"lasting": 3, "is_failing": True}, True, id="1. also where starts fail"),
         pytest.param({"lasting": 0, "target": 0, "limit": 9}, True, id="1. a lazy pool needs none"),
+        pytest.param({"lasting": 3, "waiting": 1, "limit": 4}, False, id="1. a task needs it"),
+        pytest.param({"lasting": 3, "waiting": 1}, True, id="2. a task needs it, but there is no room"),
         pytest.param({}, True, id="2. there is no room"),
         pytest.param({"limit": 2}, True, id="2. there is less than no room"),
         pytest.param({"limit": 4}, False, id="2. there is room for one"),

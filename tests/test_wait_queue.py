@@ -77,7 +77,7 @@ class Desk:
         return [names[task] for task in self.queue.waiters]
 
     async def serve(self, number: int = 0) -> None:
-        self.queue.serve(number)
+        self.queue.serve(number, trio.current_time())
         await wait_all_tasks_blocked()
 
 
@@ -124,9 +124,9 @@ async def test_a_waiter_that_is_served_is_out_at_once(desk: Desk) -> None:
     """Before its task has run: the next one to be served is the next waiter."""
     await desk.join("a")
     await desk.join("b")
-    desk.queue.serve(1)
+    desk.queue.serve(1, trio.current_time())
     assert desk.waiting == ["b"]
-    desk.queue.serve(2)
+    desk.queue.serve(2, trio.current_time())
     await wait_all_tasks_blocked()
     assert sorted(desk.served) == [("a", 1), ("b", 2)]
 
@@ -134,7 +134,7 @@ async def test_a_waiter_that_is_served_is_out_at_once(desk: Desk) -> None:
 async def test_there_must_be_a_waiter_to_serve(desk: Desk) -> None:
     """An entry would be lost otherwise."""
     with pytest.raises(KeyError):
-        desk.queue.serve(1)
+        desk.queue.serve(1, trio.current_time())
 
 
 async def test_the_wait_begins_when_the_task_joins(desk: Desk, mock_clock: MockClock) -> None:
@@ -205,7 +205,7 @@ async def test_a_cancelled_waiter_is_out_at_once(desk: Desk) -> None:
 async def test_a_waiter_that_was_served_is_not_cancelled(desk: Desk) -> None:
     """It has what it was given, although the cancellation came before it ran."""
     await desk.join("a")
-    desk.queue.serve(1)
+    desk.queue.serve(1, trio.current_time())
     desk.scopes["a"].cancel()
     await wait_all_tasks_blocked()
     assert desk.served == [("a", 1)]
@@ -253,7 +253,7 @@ async def test_nothing_is_kept_of_a_nonblocking_waiter(desk: Desk, end: str) -> 
     await desk.join("a", nonblocking=True)
     assert desk.queue.nonblocking == {desk.tasks["a"]}
     if end == "served":
-        desk.queue.serve(1)
+        desk.queue.serve(1, trio.current_time())
     elif end == "Cancelled":
         desk.scopes["a"].cancel()
     else:

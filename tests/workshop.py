@@ -122,7 +122,7 @@ class Manager(whitepool.WorkerManager[Tool]):
         self.dirty.discard(worker)
 
 
-async def use(session: whitepool.Session[Any], timeout: float = 5.0) -> None:
+async def use(session: whitepool.Session[Any], timeout: float | None = None) -> None:
     """Be a client: check a worker out, waiting where need be, and return it at once."""
     async with session.worker(timeout):
         pass
@@ -139,16 +139,18 @@ def check_books(pool: whitepool.Session[Any] | whitepool.PoolStatistics) -> None
 
     Statistics that were taken earlier will do, but then only they are checked.
     """
+    may_be_probed_first = False
     if isinstance(pool, whitepool.PoolStatistics):
         now = pool
     else:
         pool._supervisor.roster.check()
+        may_be_probed_first = pool._supervisor.probes_first
         now = pool._supervisor.statistics()  # also from outside of Trio's thread
     alive = now.idle + now.in_use + now.resetting
     assert now.started == alive + now.retired + now.lost + now.destroyed + now.leaked, now
-    assert alive + now.starting <= now.pool_size + now.max_overflow, now
     assert min(now.idle, now.in_use, now.starting, now.resetting, now.waiting, now.overflow) >= 0, now
-    assert not (now.idle and now.waiting), now
+    assert may_be_probed_first or not (now.idle and now.waiting), now
+    assert now.state != "down" or (alive == 0 and now.last_error), now
 
 
 @final

@@ -9,6 +9,7 @@ from ._errors import (
     PoolFull,
     PoolOverloaded,
     PoolStartError,
+    PoolUnavailable,
     WorkerLost,
 )
 from ._hooks import Hooks
@@ -28,6 +29,7 @@ __all__ = [
     "PoolOverloaded",
     "PoolStartError",
     "PoolStatistics",
+    "PoolUnavailable",
     "Reason",
     "Resource",
     "Session",

@@ -67,18 +67,13 @@ class Backoff:
 
 
 class EarlyDeaths:
-    """Tells a few workers that died early by accident from a server whose workers never last.
+    """Tells a few workers that died early by accident from a server whose workers never last."""
 
-    Args:
-      most: how many early deaths may be accidents: one for each worker that the pool may have.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._count = 0
         self._last = -math.inf
 
-    def too_many(self, *, opened_at: float, now: float) -> bool:
+    def too_many(self, most: int, *, opened_at: float, now: float) -> bool:
         """Count the death of a worker if it is early; say whether there have been too many.
 
         More than `most` without a pause of `FAILURE_RESET_AFTER` mean that replacements die early, too.
@@ -89,4 +84,4 @@ class EarlyDeaths:
             self._count = 0
         self._last = now
         self._count += 1
-        return self._count > self._most
+        return self._count > most

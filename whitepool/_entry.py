@@ -46,6 +46,7 @@ Reason = Literal[
     "overflow",
     "idle",
     "lifetime",
+    "retire_all",
     "shutdown",
     "crashed",
     "hung_up",
@@ -57,9 +58,10 @@ Reason = Literal[
     "leaked",
 ]
 """Why a worker left. Retired in good health: ``"overflow"`` (beyond `pool_size`, and not needed),
-``"idle"``, ``"lifetime"``, ``"shutdown"``. Lost: ``"crashed"`` (a background task of the worker),
-``"hung_up"`` (its peer did), ``"check_failed"``, ``"dead"`` (`WorkerManager.is_alive` said so).
-Destroyed: ``"destroyed"`` (by a client), ``"reset_failed"``, ``"hook_failed"``. And ``"leaked"``."""
+``"idle"``, ``"lifetime"``, ``"retire_all"`` (`Session.retire_all` was called), ``"shutdown"``. Lost:
+``"crashed"`` (a background task of the worker), ``"hung_up"`` (its peer did), ``"check_failed"``,
+``"dead"`` (`WorkerManager.is_alive` said so). Destroyed: ``"destroyed"`` (by a client),
+``"reset_failed"``, ``"hook_failed"``. And ``"leaked"``."""
 
 
 class Departure(Enum):
@@ -83,6 +85,7 @@ REASONS: dict[Reason, Leaving] = {
     "overflow": Leaving("retired", Departure.AT_ONCE),
     "idle": Leaving("retired", Departure.WHEN_REPLACED),
     "lifetime": Leaving("retired", Departure.WHEN_REPLACED),
+    "retire_all": Leaving("retired", Departure.WHEN_REPLACED),
     "shutdown": Leaving("retired", Departure.AT_ONCE),
     "crashed": Leaving("lost", Departure.AT_ONCE),
     "hung_up": Leaving("lost", Departure.ON_RETURN),
@@ -116,7 +119,6 @@ class Entry(Generic[T]):
         "opened_at",
         "opening_time",
         "probed_at",
-        "probing",
         "state",
         "task",
         "worker",
@@ -153,9 +155,6 @@ class Entry(Generic[T]):
         """When it last became ready for a client. A probe does not change this."""
         self.probed_at = -math.inf
         """When it last answered a probe."""
-        self.probing = False
-        """Whether it is SERVICING for a probe. A probe is no use of the worker, so it keeps its
-        `idle_since`, and with it its place among the idle ones."""
         self.fileno: int | None = None
         # None if the manager does not override the method: then it is not called.
         self.is_alive: Callable[[T], bool] | None = None

@@ -51,6 +51,14 @@ class CheckoutTimeout(PoolError, trio.TooSlowError):
     """
 
 
+class PoolUnavailable(CheckoutTimeout):
+    """A `CheckoutTimeout` that comes early, because the pool is down.
+
+    No worker is alive and none can be started, and that for longer than the checkout would wait.
+    `__cause__` is the last error of the factory. The pool goes on trying.
+    """
+
+
 class PoolOverloaded(CheckoutTimeout):
     """A `CheckoutTimeout` that comes early, because the wait queue grows, or is full.
 

@@ -46,6 +46,10 @@ class PoolLog:
         """Log an event that is rare."""
         log.warning(event, pool=self._pool, **keys)
 
+    def info(self, event: str, **keys: object) -> None:
+        """Log an event that is no trouble."""
+        log.info(event, pool=self._pool, **keys)
+
     def throttled_warning(self, event: str, **keys: object) -> None:
         """Log an event that may be frequent, unless one of its name was logged less than a second ago.
 

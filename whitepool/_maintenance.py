@@ -6,6 +6,7 @@ which replaces them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -13,7 +14,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from . import _sizing as sizing
-from ._entry import Entry, Reason, State
+from ._entry import Entry, Reason
 from ._options import Options
 from ._roster import Roster
 
@@ -59,7 +60,7 @@ class Maintenance(Generic[T]):
         Any idle worker will do: the ones that were idle for the longest go, however they were started.
         """
         roster, options = self._roster, self._options
-        excess = roster.lasting - options.pool_size
+        excess = roster.lasting - roster.pool_size
         surplus, next_due = sizing.surplus(roster.idle, excess, options.overflow_ttl, now)
         for entry in surplus:
             self._evict(entry, "overflow")
@@ -87,10 +88,9 @@ class Maintenance(Generic[T]):
         Each comes back through the supervisor's channel, or is evicted.
         """
         roster = self._roster
-        probing = sum(entry.probing and entry.state is State.SERVICING for entry in roster.entries)
-        silent, next_due = sizing.probe_due(roster.idle, probing, self._options.check_interval, now)
+        interval = self._options.check_interval
+        silent, next_due = sizing.probe_due(roster.idle, len(roster.probes), interval or math.inf, now)
         for entry in silent:
-            roster.move(entry, State.SERVICING)
-            entry.probing = True
+            roster.begin_probe(entry, now)
             entry.task.probe()
         return next_due

@@ -111,6 +111,10 @@ class WorkerManager(Generic[T]):
         """Open a worker by `create`, and explain its refusals. Default: there is nothing to explain."""
         return await created_by(self)
 
+    def _is_full(self, error: Exception) -> bool:
+        """Say whether a start failed because the peer takes no more connections."""
+        return False
+
     async def _on_open(self, worker: T) -> None:
         """Set up a worker that was just opened, whichever `lifespan` opened it."""
 

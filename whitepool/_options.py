@@ -36,6 +36,10 @@ class Options:
     lazy: bool = False
     """Start workers at the first need instead of at opening."""
 
+    min_ready: int | None = None
+    """How many workers must be open before opening the pool returns; the others follow. None: all
+    `pool_size`, or none if the pool is `lazy`."""
+
     overflow_ttl: float = 10.0
     """How long an idle overflow worker lingers before it is retired. 0 retires it when it is returned,
     as poolboy does."""
@@ -50,7 +54,10 @@ class Options:
 
     check_interval: float = 30.0
     """An idle worker is probed with `WorkerManager.check` this often, or up to a tenth more often.
-    `math.inf`: never."""
+    `math.inf`: never. 0: before each checkout, and only then."""
+
+    checkout_timeout: float = 5.0
+    """How long a checkout that names no timeout of its own may wait for a worker."""
 
     start_timeout: float = 30.0
     """How long opening the pool may take, retries included, before `PoolStartError`; and how long one
@@ -81,16 +88,20 @@ class Options:
     """Functions to be called in the life of a worker."""
 
     def __post_init__(self) -> None:
-        check_count("pool_size", self.pool_size)
-        check_count("max_overflow", self.max_overflow)
-        if self.pool_size == self.max_overflow == 0:
-            raise ValueError("pool_size and max_overflow are both 0: the pool could have no worker")
+        check_size(self.pool_size, self.max_overflow)
         check_count("max_starting", self.max_starting, least=1)
         if self.max_waiting != math.inf:
             check_count("max_waiting", self.max_waiting)
-        for option in ("overflow_ttl", "reset_timeout", "close_timeout", "shutdown_timeout"):
+        for option in (
+            "overflow_ttl",
+            "check_interval",
+            "checkout_timeout",
+            "reset_timeout",
+            "close_timeout",
+            "shutdown_timeout",
+        ):
             check_seconds(option, getattr(self, option))
-        for option in ("start_timeout", "idle_timeout", "max_lifetime", "check_interval"):
+        for option in ("start_timeout", "idle_timeout", "max_lifetime"):
             check_seconds(option, getattr(self, option), more_than_zero=True)
         if not isinstance(self.patience, (int, float)) or isinstance(self.patience, bool):
             raise TypeError(f"patience must be a number, not {self.patience!r}")
@@ -98,6 +109,11 @@ class Options:
             raise ValueError(f"patience must be more than 0 and at most 1, not {self.patience!r}")
         if not isinstance(self.lazy, bool):
             raise TypeError(f"lazy must be a bool, not {self.lazy!r}")
+        if self.min_ready is not None:
+            check_count("min_ready", self.min_ready)
+            if self.min_ready > (0 if self.lazy else self.pool_size):
+                kind = "a lazy pool opens none" if self.lazy else f"pool_size is {self.pool_size}"
+                raise ValueError(f"min_ready is {self.min_ready!r}, but {kind}")
         if not isinstance(self.strategy, str):
             raise TypeError(f"strategy must be a str, not {self.strategy!r}")
         if self.strategy not in get_args(Strategy):
@@ -108,3 +124,11 @@ class Options:
             object.__setattr__(self, "name", f"pool-{next(_generated)}")
         elif not isinstance(self.name, str):
             raise TypeError(f"name must be a str, not {self.name!r}")
+
+
+def check_size(pool_size: object, max_overflow: object) -> None:
+    """Raise `TypeError` or `ValueError` for bounds that no pool can have."""
+    check_count("pool_size", pool_size)
+    check_count("max_overflow", max_overflow)
+    if pool_size == max_overflow == 0:
+        raise ValueError("pool_size and max_overflow are both 0: the pool could have no worker")

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from typing import Generic, TypeVar
 
 from ._entry import REASONS, TRANSITIONS, Entry, Reason, State
-from ._options import Strategy
+from ._options import Options
 from ._statistics import Counters
 
 T = TypeVar("T")
@@ -29,18 +29,34 @@ class Roster(Generic[T]):
     the server, and takes one of its places.
     """
 
-    def __init__(self, counters: Counters, strategy: Strategy) -> None:
+    def __init__(self, counters: Counters, options: Options) -> None:
+        self.pool_size = options.pool_size
+        self.limit = options.pool_size + options.max_overflow
+        """Workers that the pool may have."""
         self.entries: set[Entry[T]] = set()
         self.idle: deque[Entry[T]] = deque()
         """The idle ones. The right end was in use last."""
+        self.probes: dict[Entry[T], float] = {}
+        """Those that are SERVICING for a probe, and since when. The oldest probe comes first."""
         self.expiring = 0
         """How many are `Entry.is_expiring`."""
         self._counters = counters
         # Only for the states that the hot path does not touch. The rest follows from them.
         self._in_state = {State.OPENING: 0, State.SERVICING: 0, State.CLOSING: 0}
-        self._next_idle = self.idle.pop if strategy == "lifo" else self.idle.popleft
+        self._is_lifo = options.strategy == "lifo"
+        self._next_idle = self.idle.pop if self._is_lifo else self.idle.popleft
 
     # -- Counts --------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Workers that may be started."""
+        return self.limit - len(self.entries)
+
+    @property
+    def too_many(self) -> int:
+        """Workers that have to go, beyond those that are going, because the pool has been resized."""
+        return len(self.entries) - self.closing - self.limit
 
     @property
     def opening(self) -> int:
@@ -75,6 +91,10 @@ class Roster(Generic[T]):
         self.entries.add(entry)
         self._in_state[State.OPENING] += 1
 
+    def next_idle(self) -> Entry[T]:
+        """Return the worker that `take_idle` would take."""
+        return self.idle[-1 if self._is_lifo else 0]
+
     def take_idle(self, now: float) -> Entry[T]:
         """Make the next idle worker one in use. Raises `IndexError` if there is none.
 
@@ -92,6 +112,11 @@ class Roster(Generic[T]):
         entry.idle_since = now
         self.idle.append(entry)
 
+    def begin_probe(self, entry: Entry[T], now: float) -> None:
+        """Make an idle worker one that is SERVICING for a probe. Its `idle_since` stays as it is."""
+        self.move(entry, State.SERVICING)
+        self.probes[entry] = now
+
     def move(self, entry: Entry[T], state: State) -> None:
         """Change the state of a worker; raise `IllegalTransition` if `TRANSITIONS` forbids it.
 
@@ -105,6 +130,7 @@ class Roster(Generic[T]):
             self.idle.remove(entry)
         elif before in self._in_state:
             self._in_state[before] -= 1
+            self.probes.pop(entry, None)
         if before is State.OPENING and state is State.SERVICING:
             self._counters["started"] += 1
         if state is State.CLOSING and before is not State.OPENING:
@@ -143,6 +169,7 @@ class Roster(Generic[T]):
         assert self.in_use == states[State.IN_USE]
         assert len(self.idle) == len(set(self.idle)) == states[State.IDLE]
         assert all(entry.state is State.IDLE and entry in self.entries for entry in self.idle)
+        assert all(entry.state is State.SERVICING for entry in self.probes)
         assert self.expiring == sum(entry.is_expiring for entry in self.entries)
         times = [entry.idle_since for entry in self.idle]
         assert times == sorted(times), f"not in the order of their last use: {times}"

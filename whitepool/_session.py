@@ -7,6 +7,7 @@ import math
 import os
 import tracemalloc
 import warnings
+from collections.abc import Sized
 from contextlib import AbstractAsyncContextManager
 from functools import cache
 from threading import get_ident
@@ -26,6 +27,7 @@ from ._entry import Entry, State
 from ._errors import NotCheckedOut, PoolClosed, PoolFull, WorkerLost, describe
 from ._hooks import call, call_now
 from ._nesting import Holder
+from ._options import check_size
 from ._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._statistics import PoolStatistics
 from ._supervisor import ALIVE_BYPASS_WINDOW, Supervisor
@@ -111,10 +113,13 @@ class Session(Generic[T]):
         self._supervisor = supervisor
         self._roster = supervisor.roster
         self._queue = supervisor.queue
+        # Those that may be handed out without asking them first.
+        self._ready: Sized = () if supervisor.probes_first else supervisor.roster.idle
         self._counters = supervisor.counters
         self._now = supervisor.now
         self._before_acquire = supervisor.options.hooks.before_acquire
         self._on_checkout = supervisor.options.hooks.on_checkout
+        self._checkout_timeout = supervisor.options.checkout_timeout
         self._max_waiting = supervisor.options.max_waiting
         is_real = type(trio.lowlevel.current_clock()).__name__ == "SystemClock"
         self._time_slice = TimeSlice(BUSY_TIME if is_real else BUSY_TIME_OF_TESTS, self._now)
@@ -131,17 +136,20 @@ class Session(Generic[T]):
         return f"<whitepool.Session of {now.name}: {now.state}, {now.in_use} in use>"
 
     @enable_ki_protection
-    async def block_checkout(self, timeout: float = 5.0) -> Resource[T]:
+    async def block_checkout(self, timeout: float | None = None) -> Resource[T]:
         """Check out a worker: an idle one, else a new one within the overflow, else by waiting.
 
         The wait queue is first come, first served, and no newcomer overtakes a waiter. Raises
-        `CheckoutTimeout` after `timeout` seconds (`math.inf`: never; 0: unless a worker is idle),
+        `CheckoutTimeout` after `timeout` seconds (`math.inf`: never; 0: unless a worker is idle; None:
+        the pool's `checkout_timeout`),
         `PoolOverloaded` if `max_waiting` tasks wait already, or earlier than `timeout` if the queue
         grows (see `patience` of `Pool`), and `PoolClosed`.
         """
         if get_ident() != self._thread:
             raise self._in_another_thread()
-        if timeout.__class__ is not float or not timeout > 0:  # the usual case costs no call
+        if timeout is None:
+            timeout = self._checkout_timeout
+        elif timeout.__class__ is not float or not timeout > 0:  # the usual case costs no call
             check_seconds("timeout", timeout)
         if self._before_acquire is not None:
             await call(self._before_acquire)
@@ -158,6 +166,9 @@ class Session(Generic[T]):
             ):
                 await cancel_shielded_checkpoint()
                 raise supervisor.standing.count_overload()
+            if supervisor.starter.down_since is not None and supervisor.is_unavailable(timeout):
+                await cancel_shielded_checkpoint()
+                raise supervisor.standing.count_unavailable()
             supervisor.request_worker()
             entry, since = await self._queue.wait(timeout)
             resource = self._hand_out(entry, since)
@@ -197,12 +208,15 @@ class Session(Generic[T]):
     def checkout_nowait(self) -> Resource[T]:
         """Check out an idle worker, now. Raises `trio.WouldBlock` if none is idle, and `PoolClosed`.
 
-        Raises `TypeError` if a hook of the checkout is async: there is no time to wait for it.
+        There is no time to wait, so it raises `TypeError` if a hook of the checkout is async, and
+        `RuntimeError` if each worker has to be probed first (``check_interval=0``).
         """
         if get_ident() != self._thread:
             raise self._in_another_thread()
         call_now("before_acquire", self._before_acquire)
         entry = self._take_idle()
+        if entry is None and self._supervisor.probes_first:
+            raise RuntimeError("checkout_nowait can't wait for a probe (check_interval is 0)")
         if entry is None:
             raise trio.WouldBlock
         resource = self._hand_out(entry, entry.in_use_since)
@@ -217,7 +231,7 @@ class Session(Generic[T]):
 
     def _take_idle(self) -> Entry[T] | None:
         """Return an idle worker that is alive, as one in use; None if there is none."""
-        while self._roster.idle:
+        while self._ready:
             now = self._now()
             entry = self._roster.take_idle(now)
             if now - entry.idle_since < ALIVE_BYPASS_WINDOW:
@@ -300,7 +314,7 @@ class Session(Generic[T]):
             "trio.from_thread.run_sync(session.checkin, resource) for plain ones"
         )
 
-    def worker(self, timeout: float = 5.0) -> AbstractAsyncContextManager[T]:
+    def worker(self, timeout: float | None = None) -> AbstractAsyncContextManager[T]:
         """Check out a worker for the length of an ``async with`` block, and return it whatever happens.
 
         Entering raises what `block_checkout` raises. Leaving never blocks.
@@ -326,6 +340,39 @@ class Session(Generic[T]):
         if not supervisor.closed.is_set():
             supervisor.close_now()
             await supervisor.closed.wait()
+
+    @enable_ki_protection
+    def retire_all(self, over: float = 0.0) -> None:
+        """Have every worker that is open now replaced, without a client noticing.
+
+        A replacement is opened first, where there is room; otherwise workers are replaced one at a
+        time. Those in use go when they are returned. With `over` they are called in one by one in the
+        course of so many seconds. Returns at once, and does nothing once the pool shuts down.
+        """
+        check_seconds("over", over)
+        if over == math.inf:
+            raise ValueError("over must be a finite number of seconds, not inf")
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
+        self._supervisor.retire_all(over)
+
+    @enable_ki_protection
+    def resize(self, pool_size: int | None = None, max_overflow: int | None = None) -> None:
+        """Change how many workers the pool keeps, or may start beyond those; None changes nothing.
+
+        A larger pool starts workers. In a smaller one, idle workers are retired at once, and those in
+        use when they are returned, as far as there are too many. Raises what `Pool` raises for such
+        bounds. Returns at once, and does nothing once the pool shuts down.
+        """
+        roster = self._roster
+        if pool_size is None:
+            pool_size = roster.pool_size
+        if max_overflow is None:
+            max_overflow = roster.limit - roster.pool_size
+        check_size(pool_size, max_overflow)
+        if get_ident() != self._thread:
+            raise self._in_another_thread()
+        self._supervisor.resize(pool_size, max_overflow)
 
     def statistics(self) -> PoolStatistics:
         """Return how the pool stands, and what it has counted."""
@@ -368,7 +415,7 @@ def _origin(resource: Resource[Any]) -> str:
 class _Lease(AbstractAsyncContextManager[T], Holder[T]):
     """`Session.worker`. A class, because a generator would cost twice as much."""
 
-    def __init__(self, session: Session[T], timeout: float) -> None:
+    def __init__(self, session: Session[T], timeout: float | None) -> None:
         self._session = session
         self._timeout = timeout
         self._resource: Resource[T] | None = None

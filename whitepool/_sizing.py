@@ -24,12 +24,12 @@ PROBE_RETRY = 0.05
 
 
 def how_many_to_start(
-    *, waiting: int, opening: int, lasting: int, target: int, room: int, at_once: int
+    *, unprovided: int, opening: int, lasting: int, target: int, room: int, at_once: int
 ) -> int:
     """Return how many workers to start now; 0 or less means none.
 
     Args:
-      waiting: tasks in the wait queue.
+      unprovided: tasks in the wait queue that no probed worker is about to serve.
       opening: workers that are being opened.
       lasting: open workers that are not about to be replaced.
       target: open workers that the pool wants, whether a task waits for them or not.
@@ -38,7 +38,7 @@ def how_many_to_start(
     """
     # 1. Each waiter gets a worker of its own. One that a client returns, or that is being reset, may
     #    serve the waiter sooner. But that may take long, and the new worker is there for the next task.
-    for_waiters = waiting - opening
+    for_waiters = unprovided - opening
     # 2. The pool is kept at its size.
     for_target = target - lasting - opening
     # 3. Neither may exceed the bounds.
@@ -57,23 +57,25 @@ def starts_at_once(*, max_starting: int, is_failing: bool, is_pausing: bool) -> 
 
 
 def may_retire(
-    *, lasting: int, target: int, open_now: int, total: int, limit: int, is_failing: bool
+    *, lasting: int, target: int, waiting: int, open_now: int, total: int, limit: int, is_failing: bool
 ) -> bool:
     """Say whether an open worker that is to be replaced may go now.
 
     Args:
       lasting: open workers that are not about to be replaced.
       target: open workers that the pool wants to keep.
+      waiting: tasks in the wait queue.
       open_now: open workers.
       total: all workers, those included that are being opened or closed.
       limit: workers that the pool may have.
       is_failing: the last start failed.
     """
-    # 1. Its replacement is there.
-    if lasting >= target:
+    # 1. Its replacement is there, and no task needs the worker itself.
+    if lasting >= target and not waiting:
         return True
     # 2. There is no room to open the replacement first, so a worker has to make room for it: one at a
     #    time, and not while the server refuses new ones.
+    #    Where tasks wait, the pool is full soon, as it starts workers for them.
     is_full = total >= limit
     is_first = open_now == total  # none is being opened or closed
     return is_full and is_first and not is_failing
@@ -85,7 +87,7 @@ def shortest_period(options: Options) -> float:
         options.overflow_ttl or math.inf,
         options.idle_timeout,
         options.max_lifetime,
-        options.check_interval,
+        options.check_interval or math.inf,
     )
 
 

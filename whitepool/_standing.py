@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 import trio
 from trio.lowlevel import Task
 
-from ._entry import Entry
-from ._errors import CheckoutTimeout, PoolOverloaded, describe
+from ._entry import Entry, State
+from ._errors import CheckoutTimeout, PoolOverloaded, PoolUnavailable, describe
 from ._nesting import holds_one_of
 from ._options import Options
 from ._roster import Roster
@@ -32,12 +32,11 @@ class Standing(Generic[T]):
         self._counters = counters
         self._roster = roster
         self._starter = starter
-        self._limit = options.pool_size + options.max_overflow
         self._now = trio.lowlevel.current_clock().current_time
 
     def obtainable(self) -> int:
         """Return how many waiters can be served without a client returning a worker."""
-        return self._limit - self._roster.in_use
+        return max(0, self._roster.limit - self._roster.in_use)
 
     def count_timeout(self, task: Task, timeout: float) -> CheckoutTimeout:
         """Count a waiter whose time is up, and make its error, which says how the pool stands now."""
@@ -55,6 +54,18 @@ class Standing(Generic[T]):
         error = PoolOverloaded(f"{self._options.name} is overloaded: {self._how_it_stands()}")
         error.__cause__ = self._starter.why_none_starts(self._now())
         return error
+
+    def count_unavailable(self) -> PoolUnavailable:
+        """Count a task that is refused because the pool is down, and make its error."""
+        self._counters["timeouts"] += 1
+        error = self._starter.backoff.last_error
+        assert error is not None  # that is what it is to be down
+        unavailable = PoolUnavailable(
+            f"{self._options.name} is down: no worker is alive, and the last start failed: "
+            f"{describe(error)}"
+        )
+        unavailable.__cause__ = error
+        return unavailable
 
     def _how_it_stands(self) -> str:
         roster = self._roster
@@ -78,27 +89,36 @@ class Standing(Generic[T]):
 
     def snapshot(self, *, draining: bool, closed: bool) -> PoolStatistics:
         """Return the statistics of the pool, which is `draining` or `closed` or neither."""
-        roster, options = self._roster, self._options
+        roster = self._roster
         state: PoolState
         if closed:
             state = "closed"
         elif draining:
             state = "draining"
+        elif self._starter.is_down:
+            state = "down"
         elif roster.idle:
             state = "ready"
         else:
-            state = "overflow" if len(roster.entries) < self._limit else "full"
+            state = "overflow" if roster.room > 0 else "full"
+        now = self._now()
+        in_use = [entry for entry in roster.entries if entry.state is State.IN_USE]
+        error = self._starter.backoff.last_error
         return PoolStatistics(
             name=str(self._options.name),
             state=state,
-            pool_size=options.pool_size,
-            max_overflow=options.max_overflow,
+            pool_size=roster.pool_size,
+            max_overflow=roster.limit - roster.pool_size,
             idle=len(roster.idle),
             in_use=roster.in_use,
-            overflow=max(0, roster.open + roster.opening - options.pool_size),
+            overflow=max(0, roster.open + roster.opening - roster.pool_size),
             starting=roster.opening,
             resetting=roster.servicing,
             waiting=len(self.queue.waiters),
-            longest_wait=self.queue.longest_wait(self._now()),
+            longest_wait=self.queue.longest_wait(now),
+            longest_use=max((now - entry.in_use_since for entry in in_use), default=0.0),
+            waited=self.queue.served,
+            wait_time=self.queue.wait_time,
+            last_error=describe(error) if error else None,
             **self._counters,
         )

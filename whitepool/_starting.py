@@ -46,9 +46,12 @@ class Starter(Generic[T]):
         self._counters = counters
         self._log = log
         self._start_one = start_one
-        self._limit = options.pool_size + options.max_overflow
-        self._early_deaths = EarlyDeaths(most=self._limit)
+        self._early_deaths = EarlyDeaths()
         self._observers: list[Callable[[float], None]] = []
+        self.down_since: float | None = None
+        """When a start failed for the first time while no worker was alive. None: it isn't so."""
+        # Whether the peer takes no more connections, and the pool has some. That is told once.
+        self._is_full = False
 
     @property
     def is_failing(self) -> bool:
@@ -56,22 +59,38 @@ class Starter(Generic[T]):
         return self.backoff.last_error is not None
 
     @property
+    def is_down(self) -> bool:
+        """Whether no worker is alive, and starts fail."""
+        return self.is_failing and not self._roster.open
+
+    def is_hopeless(self, joined_at: float, timeout: float) -> bool:
+        """Say whether the pool had been down for longer than `timeout` when a task joined the queue.
+
+        A task that joined earlier keeps its time: a server that is restarted is back in a moment.
+        """
+        return self.down_since is not None and joined_at - self.down_since > timeout
+
+    def is_pausing(self, now: float) -> bool:
+        """Say whether a start has failed, and the next one has to wait."""
+        return now < self.backoff.retry_at and not self._roster.opening
+
+    @property
     def target(self) -> int:
         """Workers to keep open, whether a task waits for them or not."""
-        return 0 if self._options.lazy else self._options.pool_size
+        return 0 if self._options.lazy else self._roster.pool_size
 
-    def start_missing(self, *, waiting: int, draining: bool, now: float) -> None:
-        """Start the workers that are missing, for `waiting` tasks and for the target of the pool.
+    def start_missing(self, *, unprovided: int, draining: bool, now: float) -> None:
+        """Start the workers that are missing, for `unprovided` waiters and for the target of the pool.
 
         While `draining`, workers are started only for the tasks that wait.
         """
         roster = self._roster
         missing = sizing.how_many_to_start(
-            waiting=waiting,
+            unprovided=unprovided,
             opening=roster.opening,
             lasting=roster.lasting,
             target=0 if draining else self.target,
-            room=self._limit - len(roster.entries),
+            room=roster.room,
             at_once=sizing.starts_at_once(
                 max_starting=self._options.max_starting,
                 is_failing=self.is_failing,
@@ -81,35 +100,47 @@ class Starter(Generic[T]):
         for _ in range(missing):
             self._start_one()
 
-    def may_retire(self) -> bool:
-        """Say whether an idle worker that is to be replaced may go now."""
+    def may_retire(self, *, waiting: int) -> bool:
+        """Say whether a worker that is to be replaced may go now, while so many tasks wait."""
         roster = self._roster
         return sizing.may_retire(
             lasting=roster.lasting,
             target=self.target,
+            waiting=waiting,
             open_now=roster.open,
             total=len(roster.entries),
-            limit=self._limit,
+            limit=roster.limit,
             is_failing=self.is_failing,
         )
 
     def on_opened(self, entry: Entry[T]) -> None:
         """Note that a worker has been opened: the starts after it need no pause."""
-        if self.is_failing:
+        if self.is_failing and not self._is_full:
             self._log.warning("start_recovered", failures=self.backoff.failures)
+        self.down_since = None
         self.backoff.succeeded()
         for observe in self._observers:
             observe(entry.opening_time)
 
-    def on_failed(self, error: Exception, begun: float, now: float) -> None:
+    def on_failed(self, error: Exception, begun: float, now: float, *, is_full: bool) -> None:
         """Note that a worker could not be opened; that had begun at the time `begun`.
 
         The next start has to wait until `backoff.retry_at`, and the caller has to wake the supervisor
-        then. A `PoolStartError` before the pool is open is final.
+        then. A `PoolStartError` before the pool is open is final. If the peer `is_full`, the pool is
+        content with what it has, and goes on trying.
         """
         self._counters["start_failures"] += 1
         self.backoff.failed(error, begun=begun, now=now)
-        self._log.throttled_warning("start_failed", error=describe(error))
+        if self.down_since is None and self.is_down:
+            self.down_since = now
+        is_full = is_full and self._roster.open > 0
+        if not is_full:
+            self._log.throttled_warning("start_failed", error=describe(error))
+        elif not self._is_full:
+            self._log.warning("server_full", open=self._roster.open, error=describe(error))
+        self._is_full = is_full
+        if is_full:
+            self.opened.set()
         if isinstance(error, PoolStartError) and not self.opened.is_set():
             self.final_error = error
             self.opened.set()
@@ -120,19 +151,30 @@ class Starter(Generic[T]):
         It does if workers keep dying early: otherwise they would be replaced without end, and without a
         pause. As after `on_failed`, the caller then has to wake the supervisor at `backoff.retry_at`.
         """
-        if not self._early_deaths.too_many(opened_at=entry.opened_at, now=now):
+        # One early death for each worker that the pool may have can be an accident.
+        if not self._early_deaths.too_many(self._roster.limit, opened_at=entry.opened_at, now=now):
             return False
         error = ConnectionError(f"workers are lost within {EARLY_DEATH_WINDOW} s of opening: {reason}")
         self.backoff.failed(error, begun=entry.opened_at, now=now)
+        if self.down_since is None and self.is_down:
+            self.down_since = now
         return True
 
     def set_opened_if_complete(self) -> None:
-        """Set `opened` if as many workers as the pool wants are open, and ready to be used."""
-        if self._roster.open - self._roster.servicing >= self.target:
+        """Set `opened` if enough workers are open, and ready to be used."""
+        if self._roster.open - self._roster.servicing >= self._min_ready:
             self.opened.set()
+        if self._is_full and self._roster.lasting >= self.target:
+            self._is_full = False
+            self._log.warning("start_recovered", failures=self.backoff.failures)
+
+    @property
+    def _min_ready(self) -> int:
+        min_ready = self._options.min_ready
+        return self.target if min_ready is None else min(min_ready, self.target)
 
     async def wait_opened(self) -> None:
-        """Return when the pool has its `pool_size` workers.
+        """Return when the pool has as many workers as it has to have to be open: `min_ready`.
 
         Raises `PoolStartError` after `start_timeout`, or as soon as it is pointless to try again.
         """
@@ -145,7 +187,7 @@ class Starter(Generic[T]):
             error = self.backoff.last_error
             reason = f"; the last start failed: {describe(error)}" if error else ""
             raise PoolStartError(
-                f"{options.name}: {self._roster.open} of {options.pool_size} workers started "
+                f"{options.name}: {self._roster.open} of {self._min_ready} workers started "
                 f"within {options.start_timeout:g} s{reason}"
             ) from error
 

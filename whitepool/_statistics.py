@@ -24,7 +24,7 @@ started, and that left."""
 Counters = dict[str, int]
 """One number for each of `COUNTERS`. A plain dictionary: nothing is quicker to count in."""
 
-PoolState = Literal["ready", "overflow", "full", "draining", "closed"]
+PoolState = Literal["ready", "overflow", "full", "down", "draining", "closed"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class PoolStatistics:
 
     state: PoolState
     """``"ready"``: a worker is idle. ``"overflow"``: none is idle, but one more may be started.
-    ``"full"``: none is idle and none may be started. Then ``"draining"`` and ``"closed"``.
-    The first three are poolboy's."""
+    ``"full"``: none is idle and none may be started. ``"down"``: none is alive, and the last start
+    failed. Then ``"draining"`` and ``"closed"``. The first three are poolboy's."""
 
     pool_size: int
     """The workers that the pool keeps alive."""
@@ -70,6 +70,18 @@ class PoolStatistics:
 
     longest_wait: float
     """Seconds for which the first of them has been waiting; 0 if there is none."""
+
+    longest_use: float
+    """Seconds for which the worker has been checked out that was checked out first; 0 if none is."""
+
+    last_error: str | None
+    """Why the last start failed. None once a start has succeeded."""
+
+    waited: int
+    """Checkouts that had to wait for a worker, and got one, since the pool was opened."""
+
+    wait_time: float
+    """Seconds that those have waited, in all."""
 
     checkouts: int
     """Checkouts that got a worker, since the pool was opened."""

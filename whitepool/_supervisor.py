@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -29,6 +30,9 @@ ALIVE_BYPASS_WINDOW = 0.001
 """Seconds. A worker that has been idle for less than this is handed out without being revalidated (the
 name and the idea are HikariCP's), and a checkin looks for hang-ups only if the last look is so old."""
 
+PROMPT_ANSWER = 0.1
+"""Seconds. A task that a probed worker would serve gets another worker if the probe takes longer."""
+
 
 class Supervisor(Generic[T]):
     """Owns the workers of one pool.
@@ -43,17 +47,19 @@ class Supervisor(Generic[T]):
         self.options = options
         self.name = str(options.name)
         self.counters = dict.fromkeys(COUNTERS, 0)
-        self.roster: Roster[T] = Roster(self.counters, options.strategy)
+        self.roster: Roster[T] = Roster(self.counters, options)
         self.draining = False
         self.closed = trio.Event()
         self.now = trio.lowlevel.current_clock().current_time
         self._manager = manager
-        self._limit = options.pool_size + options.max_overflow
         # Whether each returned worker passes through its task, because a hook has to run there.
         self._hooks_on_return = (
             options.hooks.on_checkin is not None or options.hooks.after_release is not None
         )
+        # Whether surplus workers go when they are returned. They do, too, while a pool shrinks.
         self._no_lingering = options.overflow_ttl == 0
+        # Whether each idle worker is probed before it is handed out.
+        self.probes_first = options.check_interval == 0
         self._hangups: HangupWatch[Entry[T]] = HangupWatch()
         # To ask the kernel costs more than a checkin, so a checkin asks once in ALIVE_BYPASS_WINDOW.
         self._hangups_seen_at = -math.inf
@@ -74,6 +80,7 @@ class Supervisor(Generic[T]):
         # and one None, are in it at a time.
         self._send_ready, self._receive_ready = trio.open_memory_channel[Entry[T] | None](math.inf)
         self._is_woken = False  # whether there is a None in it
+        self._watches_probes = False  # whether `_wake_for_slow_probes` runs
         self._nursery: trio.Nursery
 
     # -- Workers change hands ------------------------------------------------------------------------
@@ -85,23 +92,26 @@ class Supervisor(Generic[T]):
 
         Its state is IN_USE if a client has just returned it, else SERVICING.
         """
-        # 1. A task waits for it.
-        if self.queue.waiters:
+        # 1. The pool has been resized, and has too many.
+        if self._no_lingering and self.roster.too_many > 0:
+            self.evict(entry, "overflow")
+        # 2. A task waits for it.
+        elif self.queue.waiters:
             if entry.state is not IN_USE:
                 self.roster.move(entry, IN_USE)
             entry.in_use_since = now
-            self.queue.serve(entry)
-        # 2. The pool is shutting down, and has no more use for it.
+            self.queue.serve(entry, now)
+        # 3. The pool is shutting down, and has no more use for it.
         elif self.draining:
             self.evict(entry, "shutdown")
-        # 3. It is surplus, and does not linger.
-        elif self._no_lingering and self.roster.lasting > self.options.pool_size:
+        # 4. It is surplus, and does not linger.
+        elif self._no_lingering and self.roster.lasting > self.roster.pool_size:
             self.evict(entry, "overflow")
-        # 4. It becomes idle.
+        # 5. It becomes idle.
         elif entry.state is IN_USE:
             self.roster.put_idle(entry, now)
         else:
-            if not entry.probing:
+            if entry not in self.roster.probes:
                 entry.idle_since = now
             self.roster.move(entry, State.IDLE)
 
@@ -207,7 +217,9 @@ class Supervisor(Generic[T]):
         """
         assert entry.evict_reason is not None
         _, departure = REASONS[entry.evict_reason]
-        if departure is Departure.WHEN_REPLACED and not self.starter.may_retire():
+        if departure is Departure.WHEN_REPLACED and not self.starter.may_retire(
+            waiting=len(self.queue.waiters)
+        ):
             return False
         self.evict(entry, entry.evict_reason)  # does nothing if it was evicted while it was in use
         return True
@@ -215,9 +227,60 @@ class Supervisor(Generic[T]):
     # -- What sessions ask ---------------------------------------------------------------------------
 
     def request_worker(self) -> None:
-        """Have a worker started for a task that is about to wait, if there is room for one."""
-        if len(self.roster.entries) < self._limit:
+        """Have a worker started or probed for a task that is about to wait."""
+        if len(self.roster.entries) < self.roster.limit or self.probes_first:
             self.wake()
+
+    def is_unavailable(self, timeout: float) -> bool:
+        """Say whether a task that comes now would wait for all of its timeout, as far as is known.
+
+        It does if the pool has been down for longer than that, and the next start has to wait.
+        """
+        now = self.now()
+        return self.starter.is_hopeless(now, timeout) and self.starter.is_pausing(now)
+
+    def retire_all(self, over: float) -> None:
+        """Have each worker that is open now replaced, in the course of `over` seconds."""
+        if self.draining:
+            return
+        entries = [entry for entry in self.roster.entries if entry.is_open]
+        self._log.info("all_retired", workers=len(entries), over=over)
+        if over and entries:
+            self._nursery.start_soon(self._retire_gradually, entries, over / len(entries))
+        else:
+            self._retire(entries)
+
+    @enable_ki_protection
+    async def _retire_gradually(self, entries: list[Entry[T]], pause: float) -> None:
+        random.shuffle(entries)
+        for entry in entries:
+            self._retire([entry])
+            await trio.sleep(pause)
+
+    def _retire(self, entries: list[Entry[T]]) -> None:
+        """Mark workers, unless they leave anyway. They go as those do that are too old."""
+        for entry in entries:
+            if entry.is_open and entry.evict_reason is None:
+                self.roster.mark(entry, "retire_all")
+        self.wake()
+
+    def resize(self, pool_size: int, max_overflow: int) -> None:
+        """Change the bounds of the pool.
+
+        Idle workers that this makes surplus leave at once. If there are still more than there may be,
+        the next that come back leave, too.
+        """
+        if self.draining:
+            return
+        roster = self.roster
+        fewer = roster.pool_size - pool_size
+        roster.pool_size, roster.limit = pool_size, pool_size + max_overflow
+        self._log.info("pool_resized", pool_size=pool_size, max_overflow=max_overflow)
+        surplus = max(min(fewer, roster.lasting - pool_size), roster.too_many)
+        for entry in list(roster.idle)[: max(0, surplus)]:
+            self.evict(entry, "overflow")
+        self._no_lingering = self._no_lingering or roster.too_many > 0
+        self.wake()
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
@@ -234,13 +297,17 @@ class Supervisor(Generic[T]):
 
     def on_open_failed(self, entry: Entry[T], error: Exception, begun: float) -> None:
         self.roster.move(entry, State.CLOSING)
-        self.starter.on_failed(error, begun, self.now())
+        is_full = self._manager._is_full(error)
+        self.starter.on_failed(error, begun, self.now(), is_full=is_full)
         self._wake_for_retry()
         if self.starter.final_error is not None:
             self.drain()
+        for task, since, timeout in self.queue.blocking():
+            if self.starter.is_hopeless(since, timeout):
+                self.queue.fail(task, self.standing.count_unavailable())
         # A nonblocking checkout waits only for what the pool itself is doing. If no worker is on its
         # way to it, it fails now.
-        on_the_way = self.roster.opening + self.roster.servicing
+        on_the_way = self.roster.opening + self.roster.servicing + len(self.roster.idle)
         for task in self.queue.nonblocking_beyond(on_the_way):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {describe(error)}")
             refusal.__cause__ = error
@@ -320,7 +387,9 @@ class Supervisor(Generic[T]):
             self._retire_expiring()
             self._give_up_starts()
             self.starter.start_missing(
-                waiting=len(self.queue.waiters), draining=self.draining, now=self.now()
+                unprovided=len(self.queue.waiters) - self._probe_for_waiters(),
+                draining=self.draining,
+                now=self.now(),
             )
             self.starter.set_opened_if_complete()
 
@@ -335,7 +404,6 @@ class Supervisor(Generic[T]):
             was_used = entry.in_use_since > -math.inf
             if not has_left and not (was_used and self.evict_if_dead(entry)):
                 self.admit(entry, self.now())
-            entry.probing = False
 
     def wake(self) -> None:
         """Have the supervisor look at what is missing, in its own task. Any room may call it."""
@@ -365,12 +433,57 @@ class Supervisor(Generic[T]):
         self._nursery.start_soon(entry.task.run)
 
     def _give_up_starts(self) -> None:
-        """While draining, give up the starts that no task waits for."""
-        waiting = len(self.queue.waiters)
-        if self.draining and self.roster.opening > waiting:
-            opening = [entry for entry in self.roster.entries if entry.state is State.OPENING]
-            for entry in opening[waiting:]:
-                self.evict(entry, "shutdown")
+        """Give up starts: while draining, those that no task waits for; after a resize, those beyond
+        the new limit."""
+        roster = self.roster
+        surplus = roster.too_many
+        if self.draining:
+            surplus = max(surplus, roster.opening - len(self.queue.waiters))
+        if surplus > 0:
+            opening = [entry for entry in roster.entries if entry.state is State.OPENING]
+            for entry in opening[:surplus]:
+                self.evict(entry, "shutdown" if self.draining else "overflow")
+        elif self._no_lingering:
+            self._no_lingering = self.options.overflow_ttl == 0  # the pool has shrunk
+
+    def _probe_for_waiters(self) -> int:
+        """Probe idle workers for tasks that wait, and return how many waiters a probe may serve soon.
+
+        Tasks wait while workers are idle only if each has to be probed first. A probe that does not
+        answer at once delays no task: it counts no more, and another worker is probed, or started.
+        """
+        roster, queue = self.roster, self.queue
+        if not queue.waiters or not (roster.probes or roster.idle):
+            return 0
+        now = self.now()
+        prompt = sum(began > now - PROMPT_ANSWER for began in roster.probes.values())
+        while roster.idle and prompt < len(queue.waiters):
+            entry = roster.next_idle()
+            if self.evict_if_dead(entry):
+                continue
+            if entry.can_be_checked:
+                roster.begin_probe(entry, now)
+                entry.task.probe()
+                prompt += 1
+            else:
+                queue.serve(roster.take_idle(now), now)
+        if prompt and not self._watches_probes:
+            self._watches_probes = True
+            self._nursery.start_soon(self._wake_for_slow_probes)
+        return prompt
+
+    @enable_ki_protection
+    async def _wake_for_slow_probes(self) -> None:
+        """Have the supervisor look again at each probe that has not answered promptly."""
+        while self.queue.waiters:
+            now = self.now()
+            late = [began + PROMPT_ANSWER for began in self.roster.probes.values()]
+            due = min((time for time in late if time > now), default=None)
+            if due is None:
+                break
+            await trio.sleep_until(due)
+            self.wake()
+        self._watches_probes = False
 
     def _retire_expiring(self) -> None:
         """Evict the idle workers that are to be replaced, as far as others are there in their place."""

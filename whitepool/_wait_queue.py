@@ -62,8 +62,11 @@ class WaitQueue(Generic[E]):
         self._make_timeout = make_timeout
         self._make_overload = make_overload
         self._on_unserved = on_unserved
+        self.served = 0
+        """Tasks that have got an entry."""
+        self.wait_time = 0.0
+        """Seconds that those have waited, in all."""
         self._joined = 0
-        self._served = 0
         self._period = overload.period(patience)
         # A heap. It keeps the timers of tasks that have left, until there are too many of them: most
         # waiters are served long before their first look, and to search the heap for each would cost
@@ -82,7 +85,7 @@ class WaitQueue(Generic[E]):
         task = current_task()
         now = self._now()
         self._joined = number = self._joined + 1
-        self.waiters[task] = (number, now, timeout, self._served)
+        self.waiters[task] = (number, now, timeout, self.served)
         if timeout != math.inf:
             first_look = now + self._period * timeout
             if len(self._timers) > 64 + 4 * len(self.waiters):
@@ -108,10 +111,11 @@ class WaitQueue(Generic[E]):
         finally:
             self.nonblocking.discard(task)
 
-    def serve(self, entry: E) -> None:
+    def serve(self, entry: E, now: float) -> None:
         """Give an entry to the task that has waited the longest. Raises `KeyError` if none waits."""
-        task, _ = self.waiters.popitem(last=False)
-        self._served += 1
+        task, waiter = self.waiters.popitem(last=False)
+        self.served += 1
+        self.wait_time += now - waiter[1]
         reschedule(task, Value(entry))
 
     def fail(self, task: Task, error: Exception) -> None:
@@ -119,6 +123,14 @@ class WaitQueue(Generic[E]):
         del self.waiters[task]
         self._on_unserved()
         reschedule(task, Error(error))
+
+    def blocking(self) -> list[tuple[Task, float, float]]:
+        """Return the waiters that have a timeout: each task, when it joined, and the timeout."""
+        return [
+            (task, since, timeout)
+            for task, (_, since, timeout, _) in self.waiters.items()
+            if timeout != math.inf
+        ]
 
     def nonblocking_beyond(self, on_the_way: int) -> list[Task]:
         """Return the `nonblocking` waiters that have at least `on_the_way` waiters ahead of them."""
@@ -160,10 +172,10 @@ class WaitQueue(Generic[E]):
         ends = since + timeout
         if now >= ends:
             self.fail(task, self._make_timeout(task, timeout))
-        elif overload.is_growing(last, self._joined, self._served):
+        elif overload.is_growing(last, self._joined, self.served):
             self.fail(task, self._make_overload())
         else:
-            look = overload.Look(self._joined, self._served, self._served > last.served)
+            look = overload.Look(self._joined, self.served, self.served > last.served)
             again = overload.next_look(now, ends, self._period * timeout)
             heappush(self._timers, (again, number, task, look))
 

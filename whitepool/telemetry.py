@@ -116,17 +116,16 @@ class _Panel:
 
 def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, int]]:
     """Return what the instruments show of a pool, by name and state."""
-    options = supervisor.options
-    limit = options.pool_size + options.max_overflow
+    options, roster = supervisor.options, supervisor.roster
     for _ in range(3):
         with suppress(RuntimeError):  # in an exporter's thread: the wait queue has changed meanwhile
             now = supervisor.statistics()
             return {
                 # Read from another thread, the counts may be inconsistent: never less than none.
                 "count": {"idle": now.idle, "used": max(0, now.in_use + now.resetting)},
-                "idle.max": {"": limit if options.overflow_ttl else options.pool_size},
-                "idle.min": {"": 0 if options.lazy else options.pool_size},
-                "max": {"": limit},
+                "idle.max": {"": roster.limit if options.overflow_ttl else roster.pool_size},
+                "idle.min": {"": 0 if options.lazy else roster.pool_size},
+                "max": {"": roster.limit},
                 "pending_requests": {"": now.waiting},
                 "timeouts": {"": now.timeouts + now.overloads},
             }

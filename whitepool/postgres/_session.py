@@ -27,7 +27,7 @@ _INERROR = pq.TransactionStatus.INERROR
 class PostgresSession(Session[C]):
     """A `whitepool.Session` of a pool of connections to PostgreSQL. It adds `connection`."""
 
-    def connection(self, timeout: float = 5.0) -> AbstractAsyncContextManager[C]:
+    def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[C]:
         """Check out a connection for an ``async with`` block that commits.
 
         When the block ends well, the transaction that is open then is committed; when the block raises,
