@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import pairwise
 from typing import Any
@@ -275,6 +276,7 @@ async def test_a_server_that_is_down_is_logged_sparingly(
     """An event when it is noticed, each at most once a second, and one when it is back. (Rule 12.)"""
     shop = Workshop()
     async with whitepool.open_pool(shop.with_nursery, pool_size=5, name="mine") as session:
+        caplog.set_level(logging.INFO, "whitepool")
         shop.before_open = raising(OSError("connection refused"))
         for tool in list(shop.tools):
             tool.crash.set()

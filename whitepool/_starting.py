@@ -116,9 +116,10 @@ class Starter(Generic[T]):
     def on_opened(self, entry: Entry[T]) -> None:
         """Note that a worker has been opened: the starts after it need no pause."""
         if self.is_failing and not self._is_full:
-            self._log.warning("start_recovered", failures=self.backoff.failures)
+            self._log.info("start_recovered", failures=self.backoff.failures)
         self.down_since = None
         self.backoff.succeeded()
+        self._log.debug("worker_started", seconds=round(entry.opening_time, 6))
         for observe in self._observers:
             observe(entry.opening_time)
 
@@ -140,7 +141,7 @@ class Starter(Generic[T]):
             self._log.warning("server_full", open=self._roster.open, error=describe(error))
         self._is_full = is_full
         if is_full:
-            self.opened.set()
+            self._set_opened()
         if isinstance(error, PoolStartError) and not self.opened.is_set():
             self.final_error = error
             self.opened.set()
@@ -163,10 +164,15 @@ class Starter(Generic[T]):
     def set_opened_if_complete(self) -> None:
         """Set `opened` if enough workers are open, and ready to be used."""
         if self._roster.open - self._roster.servicing >= self._min_ready:
-            self.opened.set()
+            self._set_opened()
         if self._is_full and self._roster.lasting >= self.target:
             self._is_full = False
-            self._log.warning("start_recovered", failures=self.backoff.failures)
+            self._log.info("start_recovered", failures=self.backoff.failures)
+
+    def _set_opened(self) -> None:
+        if not self.opened.is_set():
+            self.opened.set()
+            self._log.info("pool_opened", workers=self._roster.open)
 
     @property
     def _min_ready(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Generic, TypeVar
 
 import trio
@@ -64,6 +65,8 @@ class Supervisor(Generic[T]):
         # To ask the kernel costs more than a checkin, so a checkin asks once in ALIVE_BYPASS_WINDOW.
         self._hangups_seen_at = -math.inf
         self._log = PoolLog(self.name)
+        # With the variables of the task that opens the pool, as the supervisor's own task has them.
+        self._context = copy_context()
         self.starter = Starter(
             self.roster, options, self.counters, self._log, start_one=self._start_worker
         )
@@ -178,6 +181,8 @@ class Supervisor(Generic[T]):
                     self._log.throttled_warning("worker_lost", reason=reason)
                 if self.starter.count_death(entry, reason, self.now()):
                     self._wake_for_retry()
+            elif REASONS[reason].counter == "retired":
+                self._log.debug("worker_retired", reason=reason)
         entry.task.close(is_open=is_open)
         self.wake()
 
@@ -207,7 +212,8 @@ class Supervisor(Generic[T]):
         It is not used again: its client may have left something half done.
         """
         if entry.state is State.IN_USE:
-            self._log.warning("worker_leaked", checked_out_at=checked_out_at)
+            # The garbage collector has sent for this from outside of all tasks.
+            self._context.run(self._log.warning, "worker_leaked", checked_out_at=checked_out_at)
             self.evict(entry, "leaked")
 
     def _evict_if_due(self, entry: Entry[T]) -> bool:
@@ -373,6 +379,8 @@ class Supervisor(Generic[T]):
                     self._nursery.cancel_scope.cancel()
         finally:
             self._hangups.close()
+            if self.starter.opened.is_set() and self.starter.final_error is None:
+                self._log.info("pool_closed")
             self.closed.set()
 
     async def _supervise(self) -> None:
