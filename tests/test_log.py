@@ -86,6 +86,13 @@ def test_silent_by_default() -> None:
     assert (result.stdout, result.stderr) == ("", "")
 
 
+class Talking(Manager):
+    """A manager of workers whose peers say something when they leave."""
+
+    def _last_words(self, worker: object) -> str:
+        return "57P01: good night"
+
+
 async def fail(*_: object) -> None:
     raise ValueError("no")
 
@@ -189,7 +196,7 @@ async def provoke_everything() -> None:
     """Have pools log each event that there is."""
     for make_trouble in TROUBLES:
         shop = Workshop()
-        await make_trouble(shop, Manager(shop))
+        await make_trouble(shop, Talking(shop))
 
 
 async def test_the_page_on_logs(told: list[logging.LogRecord], autojump_clock: MockClock) -> None:

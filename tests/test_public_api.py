@@ -48,6 +48,7 @@ class PoolStatistics
     idle
     in_use
     last_error
+    last_words
     leaked
     longest_use
     longest_wait

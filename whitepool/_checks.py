@@ -29,7 +29,20 @@ def check_seconds(option: str, value: object, *, more_than_zero: bool = False) -
 
 
 def check_call(what: str, function: Callable[..., object], *arguments: str) -> None:
-    """Raise `TypeError` unless `function` can be called with so many arguments, named here.
+    """Raise `TypeError` unless `function` can be called with so many arguments, named here."""
+    problem = _why_not_call(function, arguments)
+    if problem is not None:
+        takes = f"with ({', '.join(arguments)})" if arguments else "without arguments"
+        raise TypeError(f"{what} is called {takes}: {problem}") from None
+
+
+def can_call(function: Callable[..., object], *arguments: str) -> bool:
+    """Return whether `function` can be called with so many arguments, as far as that can be known."""
+    return _why_not_call(function, arguments) is None
+
+
+def _why_not_call(function: Callable[..., object], arguments: tuple[str, ...]) -> TypeError | None:
+    """Return what is wrong with such a call; None: nothing, or it can't be known.
 
     A decorator may add arguments, so what it wraps says nothing, unless it is one of contextlib's.
     """
@@ -38,12 +51,12 @@ def check_call(what: str, function: Callable[..., object], *arguments: str) -> N
     try:
         signature = inspect.signature(function, follow_wrapped=adds_nothing)
     except Exception:
-        return  # some builtins have none, and the annotations of a function may not exist yet
+        return None  # some builtins have none, and the annotations of a function may not exist yet
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        takes = f"with ({', '.join(arguments)})" if arguments else "without arguments"
-        raise TypeError(f"{what} is called {takes}: {error}") from None
+        return error
+    return None
 
 
 def check_plain(what: str, function: Callable[..., object]) -> None:

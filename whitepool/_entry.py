@@ -114,6 +114,8 @@ class Entry(Generic[T]):
         "in_use_since",
         "is_alive",
         "jitter",
+        "last_words",
+        "last_words_of",
         "lost",
         "needs_reset",
         "opened_at",
@@ -146,6 +148,8 @@ class Entry(Generic[T]):
         """Set when the pool closes the worker while a client has it. Made when the client asks."""
         self.crash: Exception | None = None
         """Why it crashed, as far as it is known yet."""
+        self.last_words = ""
+        """What its peer said last, if it is lost or destroyed, and its peer has said why."""
         self.in_use_since = -math.inf
         """When it was last handed to a client."""
         self.checked_out_at = ""
@@ -160,6 +164,7 @@ class Entry(Generic[T]):
         self.is_alive: Callable[[T], bool] | None = None
         self.needs_reset: Callable[[T], bool] | None = None
         self.after_hook: Callable[[T, str], None] | None = None
+        self.last_words_of: Callable[[T], str] | None = None  # also None once it was called
         self.can_be_checked = False
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
-from ._checks import check_call
+from ._checks import can_call, check_call
 
 HOOK_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "on_create": ("worker",),
@@ -17,7 +17,7 @@ HOOK_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "after_release": (),
     "on_destroy": ("reason",),
 }
-"""What each hook is called with."""
+"""What each hook is called with; see `takes_last_words` for one that may get more."""
 
 Hook = Union[Callable[..., None], Callable[..., Awaitable[None]]]
 
@@ -53,7 +53,8 @@ class Hooks:
 
     on_destroy: Hook | None = None
     """Called with the reason (see `Reason`) when a worker has been closed, in the worker's task, within
-    `close_timeout`. One that raises is logged."""
+    `close_timeout`. One that takes a second argument, or names it `last_words`, is also told what the
+    worker's peer said last (a str, empty if it said nothing). One that raises is logged."""
 
     def __post_init__(self) -> None:
         for hook in fields(self):
@@ -61,7 +62,24 @@ class Hooks:
             if value is not None and not callable(value):
                 raise TypeError(f"hooks.{hook.name} must be callable, not {value!r}")
             if value is not None:
-                check_call(f"hooks.{hook.name}", value, *HOOK_ARGUMENTS[hook.name])
+                arguments = HOOK_ARGUMENTS[hook.name]
+                if hook.name == "on_destroy" and takes_last_words(value):
+                    arguments = (*arguments, "last_words")
+                check_call(f"hooks.{hook.name}", value, *arguments)
+
+
+def takes_last_words(on_destroy: Hook) -> bool:
+    """Return whether the hook has a second parameter that is meant for the last words of a worker.
+
+    One that it needs is; and so is one named `last_words`, also under a decorator. Any other that has a
+    default, or ``*arguments``, may be there for something else.
+    """
+    try:
+        if "last_words" in inspect.signature(on_destroy).parameters:
+            return True
+    except Exception:
+        return False  # see `check_call`
+    return not can_call(on_destroy, "reason") and can_call(on_destroy, "reason", "last_words")
 
 
 async def call(hook: Hook | None, *arguments: Any) -> None:

@@ -7,7 +7,7 @@ which replaces them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 import trio
@@ -41,16 +41,37 @@ class Maintenance(Generic[T]):
         self._options = options
         self._evict = evict
         self._replace = replace
+        self._now = trio.lowlevel.current_clock().current_time
+        self._nap = trio.CancelScope()
+        # When an idle worker was last suspected to be of no use; when all suspects were last probed,
+        # and when they are to be, because they could not be at once.
+        self._suspected_at = -math.inf
+        self._suspects_probed_at = -math.inf
+        self._suspects_due = math.inf
+
+    def probe_all(self) -> None:
+        """Have all idle workers probed at once: what made one of them useless may go for all.
+
+        It is done at most once in `PROBE_ALL_PAUSE`; if it is too early, it is done later. Not just
+        half of them are probed, so a client may have to wait: it would get one of the suspects
+        otherwise. With ``check_interval=math.inf`` no worker is ever probed.
+        """
+        if self._options.check_interval == math.inf:
+            return
+        self._suspected_at = now = self._now()
+        self._suspects_due = max(now, self._suspects_probed_at + sizing.PROBE_ALL_PAUSE)
+        self._nap.deadline = min(self._nap.deadline, self._probe_suspects(now))
 
     @enable_ki_protection
     async def run(self) -> None:
         """Do what is due, and sleep until more may be. It never ends."""
-        now = trio.lowlevel.current_clock().current_time
         shortest = sizing.shortest_period(self._options)
         while True:
-            began = now()
+            began = self._now()
             due = min(self._evict_surplus(began), self._mark_expired(began), self._probe(began))
-            await trio.sleep_until(sizing.next_maintenance(began, due, shortest))
+            wake_at = min(sizing.next_maintenance(began, due, shortest), self._probe_suspects(began))
+            with trio.CancelScope(deadline=wake_at) as self._nap:
+                await trio.sleep_forever()
 
     # Each of these returns when the next worker comes due.
 
@@ -90,7 +111,18 @@ class Maintenance(Generic[T]):
         roster = self._roster
         interval = self._options.check_interval
         silent, next_due = sizing.probe_due(roster.idle, len(roster.probes), interval or math.inf, now)
-        for entry in silent:
-            roster.begin_probe(entry, now)
-            entry.task.probe()
+        self._have_probed(silent, now)
         return next_due
+
+    def _probe_suspects(self, now: float) -> float:
+        """Have all suspects probed, if that is due."""
+        if self._suspects_due <= now:
+            self._suspects_due = math.inf
+            self._suspects_probed_at = now
+            self._have_probed(sizing.suspects(self._roster.idle, self._suspected_at), now)
+        return self._suspects_due
+
+    def _have_probed(self, entries: Iterable[Entry[T]], now: float) -> None:
+        for entry in entries:
+            self._roster.begin_probe(entry, now)
+            entry.task.probe()

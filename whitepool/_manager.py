@@ -124,6 +124,13 @@ class WorkerManager(Generic[T]):
     def _after_hook(self, worker: T, hook: str) -> None:
         """Raise an error if that hook has left the worker in a state in which no client may get it."""
 
+    def _last_words(self, worker: T) -> str:
+        """Return what its peer said last that explains why a worker is of no use any more, in one line.
+
+        It is asked once, when the worker is lost or destroyed. Default: its peer has said nothing.
+        """
+        return ""
+
 
 class FactoryManager(WorkerManager[T]):
     """Makes a manager of a bare factory."""

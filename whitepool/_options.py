@@ -54,7 +54,8 @@ class Options:
 
     check_interval: float = 30.0
     """An idle worker is probed with `WorkerManager.check` this often, or up to a tenth more often.
-    `math.inf`: never. 0: before each checkout, and only then."""
+    All are, at once, when one is found to be of no use. `math.inf`: never. 0: before each checkout,
+    and only then."""
 
     checkout_timeout: float = 5.0
     """How long a checkout that names no timeout of its own may wait for a worker."""

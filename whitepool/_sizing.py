@@ -19,6 +19,9 @@ MIN_MAINTENANCE_FRACTION = 0.05
 """Maintenance runs at most this often, as a fraction of the shortest period that an option sets,
 because each pass looks at all workers. What comes due in between is done together."""
 
+PROBE_ALL_PAUSE = 1.0
+"""Seconds from one time that all idle workers are probed at once to the next."""
+
 PROBE_RETRY = 0.05
 """Seconds after which a probe that was put off, because others are under way, is looked at again."""
 
@@ -156,3 +159,14 @@ def probe_due(
             else:
                 next_due = min(next_due, max(due, now + PROBE_RETRY))
     return found, next_due
+
+
+def suspects(idle: Iterable[Entry[T]], since: float) -> list[Entry[T]]:
+    """Find idle workers that can be probed, and have given no sign of life after the time `since`."""
+    return [
+        entry
+        for entry in idle
+        if entry.can_be_checked
+        and entry.evict_reason is None
+        and max(entry.idle_since, entry.probed_at) <= since
+    ]

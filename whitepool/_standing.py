@@ -33,6 +33,9 @@ class Standing(Generic[T]):
         self._roster = roster
         self._starter = starter
         self._now = trio.lowlevel.current_clock().current_time
+        self.last_words: dict[str, str] = {}
+        """For each reason: what the peer of the last worker said that left for it, noted by the
+        supervisor."""
 
     def obtainable(self) -> int:
         """Return how many waiters can be served without a client returning a worker."""
@@ -121,4 +124,5 @@ class Standing(Generic[T]):
             wait_time=self.queue.wait_time,
             last_error=describe(error) if error else None,
             **self._counters,
+            last_words=self.last_words.copy(),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 COUNTERS = (
@@ -114,3 +115,10 @@ class PoolStatistics:
     discarded: int
     """Returns whose reset threw away what the client had written and not committed. Only a pool of
     connections to PostgreSQL can know that."""
+
+    # A plain dictionary of this snapshot's own, as `dataclasses.asdict` can't copy a read-only proxy.
+    # It has no hash, and the rest of the snapshot has.
+    last_words: Mapping[str, str] = field(hash=False)
+    """For each reason for which workers were lost or destroyed whose peers said why: what the last of
+    them said, such as ``{"hung_up": "57P01: terminating connection due to administrator command"}``.
+    Only a pool of connections to PostgreSQL can know that."""

@@ -176,15 +176,31 @@ class Supervisor(Generic[T]):
         self.roster.move(entry, State.CLOSING)
         if is_open:
             self._hangups.remove(entry.fileno, entry)
+            last_words = self._last_words(entry, reason)
             if REASONS[reason].counter == "lost":
                 if not is_logged:
-                    self._log.throttled_warning("worker_lost", reason=reason)
+                    self._log.throttled_warning("worker_lost", reason=reason, **last_words)
                 if self.starter.count_death(entry, reason, self.now()):
                     self._wake_for_retry()
             elif REASONS[reason].counter == "retired":
                 self._log.debug("worker_retired", reason=reason)
+            # A hang-up needs no such search: the watch sees those of the others, too.
+            if reason == "check_failed" or (last_words and reason != "hung_up"):
+                self._maintenance.probe_all()
         entry.task.close(is_open=is_open)
         self.wake()
+
+    def _last_words(self, entry: Entry[T], reason: Reason) -> dict[str, str]:
+        """Note why a worker is lost or destroyed, in its peer's own words; return them for the log."""
+        if entry.last_words_of is not None and REASONS[reason].counter in ("lost", "destroyed"):
+            ask, entry.last_words_of = entry.last_words_of, None  # once is enough
+            try:
+                entry.last_words = ask(entry.worker)
+            except Exception as error:
+                self._log.throttled_warning("manager_failed", error=describe(error))
+            if entry.last_words:
+                self.standing.last_words[reason] = entry.last_words
+        return {"last_words": entry.last_words} if entry.last_words else {}
 
     def evict_if_dead(self, entry: Entry[T]) -> bool:
         """Revalidate a worker that is about to be used again, without I/O: evict it if it has died, and
@@ -329,10 +345,13 @@ class Supervisor(Generic[T]):
             return
         if entry.evict_reason == "hung_up":
             reason = "hung_up"  # no wonder that it could not be reset
+        last_words = self._last_words(entry, reason)
         if REASONS[reason].counter == "lost":
-            self._log.throttled_warning("worker_lost", reason=reason, error=describe(error))
+            self._log.throttled_warning(
+                "worker_lost", reason=reason, error=describe(error), **last_words
+            )
         else:
-            self._log.throttled_warning(reason, error=describe(error))
+            self._log.throttled_warning(reason, error=describe(error), **last_words)
         self.evict(entry, reason, is_logged=True)
 
     def on_discarded(self, entry: Entry[T]) -> None:
@@ -351,7 +370,8 @@ class Supervisor(Generic[T]):
         if entry.evict_reason == "crashed":
             entry.crash = error
             reason = describe(error) if error else "its lifespan ended by itself"
-            self._log.throttled_warning("worker_lost", reason="crashed", error=reason)
+            last_words = self._last_words(entry, "crashed")
+            self._log.throttled_warning("worker_lost", reason="crashed", error=reason, **last_words)
         elif entry.evict_reason is not None and error is not None:
             self._log.throttled_warning("close_failed", error=describe(error))
         self.roster.remove(entry)

@@ -17,7 +17,7 @@ from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protect
 
 from ._entry import Entry, Reason, State
 from ._errors import PoolStartError, unwrapped
-from ._hooks import call
+from ._hooks import call, takes_last_words
 from ._manager import WorkerManager, close_timeout, manager_of, on_discarded
 from ._options import Options
 
@@ -152,7 +152,7 @@ class WorkerTask(Generic[T]):
             # Nothing but the deadline cancels the life of a worker that has been opened.
             if self._life.cancelled_caught:
                 failure = failure or trio.TooSlowError(f"not closed within {options.close_timeout} s")
-            await self._call_quietly("on_destroy", options.close_timeout, entry.evict_reason)
+            await self._call_on_destroy()
         elif entry.state is State.OPENING:
             too_slow = trio.TooSlowError(f"not open within {options.start_timeout} s")
             owner.on_open_failed(entry, failure or too_slow, begun)
@@ -163,6 +163,13 @@ class WorkerTask(Generic[T]):
         if on_create is not None:
             await call(on_create, worker)
             manager_of(worker, self._manager)._after_hook(worker, "on_create")
+
+    async def _call_on_destroy(self) -> None:
+        entry, on_destroy = self._entry, self._options.hooks.on_destroy
+        arguments: tuple[object, ...] = (entry.evict_reason,)
+        if on_destroy is not None and takes_last_words(on_destroy):
+            arguments = (entry.evict_reason, entry.last_words)
+        await self._call_quietly("on_destroy", self._options.close_timeout, *arguments)
 
     def _bind_callbacks(self) -> None:
         """Note in the entry what there is to ask of the worker when it changes hands.
@@ -179,6 +186,8 @@ class WorkerTask(Generic[T]):
             entry.needs_reset = manager.needs_reset
         if kind._after_hook is not WorkerManager._after_hook:
             entry.after_hook = manager._after_hook
+        if kind._last_words is not WorkerManager._last_words:
+            entry.last_words_of = manager._last_words
         entry.can_be_checked = kind.check is not WorkerManager.check
         fileno = entry.fileno = manager.fileno(entry.worker)
         if not (fileno is None or isinstance(fileno, int)):

@@ -40,6 +40,7 @@ from ._cancelling import (
     shielded_cleanup,
 )
 from ._connecting import connect_to_first
+from ._last_words import listen_for_last_words, note_last_words, read_only_parameters
 from ._waiting import Lock, drive, drive_for, uninterrupted_block
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         # query, too.
         self._has_streamed = False
         self._time_slice = TimeSlice(BUSY_TIME)
+        self._read_only_parameters = read_only_parameters(pgconn)
+        self._last_words = ""
+        listen_for_last_words(self)
         if row_factory is not None:
             self.row_factory = row_factory
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
@@ -157,8 +161,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             return await drive_for(limit, gen, socket, self._checkpoint, or_raise=timeout is not None)
         except (trio.ClosedResourceError, OSError) as error:
             raise psycopg.OperationalError("the connection is closed") from error
-        except Exception:
+        except Exception as error:
             # The operation itself has failed, so it is over.
+            note_last_words(self, error)
             raise
         except BaseException:
             # A cancellation, or a Ctrl-C.

@@ -22,6 +22,7 @@ from .._manager import WorkerManager, created_by, on_discarded
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, validate
 from ._connection import TrioConnection
+from ._last_words import last_words, note_last_words, why_read_only
 from ._session import PostgresSession
 from ._waiting import drive
 
@@ -31,10 +32,8 @@ Reset = Union[Literal["rollback", "session"], Configure]
 
 # Plain numbers, because they are compared at each checkin, and comparing enums costs more.
 _IDLE = int(pq.TransactionStatus.IDLE)
-_ACTIVE = int(pq.TransactionStatus.ACTIVE)
 _INTRANS = int(pq.TransactionStatus.INTRANS)
 _INERROR = int(pq.TransactionStatus.INERROR)
-_UNKNOWN = int(pq.TransactionStatus.UNKNOWN)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
 
 # What DISCARD ALL does, and RESET ROLE. DISCARD ALL has to be sent alone; its parts can be sent in one
@@ -80,13 +79,21 @@ class ConnectionManager(WorkerManager[Connection]):
 
         A two-phase transaction counts as one that is: only its client knows how it should end. And so
         does a request to cancel that may still arrive: it would hit the next client.
+
+        A connection with ``target_session_attrs`` of ``read-write`` or ``primary`` that has learnt that
+        it is read-only is dead, too. In a transaction that may have written something it is rolled back
+        first, so that this can be told.
         """
         pgconn = worker.pgconn
         status = pgconn.transaction_status
+        if status != _IDLE and status != _INTRANS and status != _INERROR:
+            return False
+        if worker._read_only_parameters and status != _INTRANS:
+            for name in worker._read_only_parameters:
+                if pgconn.parameter_status(name) == b"on":
+                    return False
         return (
-            status != _ACTIVE
-            and status != _UNKNOWN
-            and pgconn.pipeline_status == _NO_PIPELINE
+            pgconn.pipeline_status == _NO_PIPELINE
             and worker._tpc is None
             and not worker._unconfirmed_requests
         )
@@ -143,8 +150,17 @@ class ConnectionManager(WorkerManager[Connection]):
             raise
 
     async def check(self, worker: Connection) -> None:
-        """Send an empty query, which starts no transaction, and wait for the answer."""
+        """Send an empty query, which starts no transaction, and wait for the answer.
+
+        Raises `psycopg.errors.ReadOnlySqlTransaction` if the answer tells that the server is read-only,
+        and the connection must not be; see `is_alive`.
+        """
         await _run(worker, b"")
+        _demand_writable(worker)
+
+    def _last_words(self, worker: Connection) -> str:
+        """Return what the server said when it ended the session, or that it is read-only."""
+        return last_words(worker)
 
 
 class PostgresManager(ConnectionManager):
@@ -231,6 +247,7 @@ class PostgresManager(ConnectionManager):
         try:
             _demand_no_transaction(worker, "create")
             await self._set_up(worker)
+            _demand_writable(worker)
         except _Misused as error:
             raise PoolStartError(str(error)) from error
 
@@ -291,6 +308,13 @@ def _demand_no_transaction(connection: Connection, culprit: str) -> None:
         )
 
 
+def _demand_writable(connection: Connection) -> None:
+    """Raise `psycopg.errors.ReadOnlySqlTransaction` if the connection can't write, and should."""
+    reason = why_read_only(connection)
+    if reason:
+        raise psycopg.errors.ReadOnlySqlTransaction(reason)
+
+
 def _copied(adapters: AdaptersMap | None) -> AdaptersMap | None:
     """Return a copy of a connection's own adapters. None: it has none, and uses psycopg's."""
     return None if adapters is None else AdaptersMap(adapters)
@@ -341,7 +365,9 @@ async def _run(connection: Connection, command: bytes) -> list[pq.abc.PGresult]:
         results: list[pq.abc.PGresult] = await drive(execute(pgconn), pgconn.socket)
     for result in results:
         if result.status == pq.ExecStatus.FATAL_ERROR:
-            raise psycopg.errors.error_from_result(result)
+            error = psycopg.errors.error_from_result(result)
+            note_last_words(connection, error)
+            raise error
     return results
 
 
