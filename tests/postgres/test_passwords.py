@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 import trio
-from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from strict import StrictPostgres, set_password
 from timing import until
 
 import whitepool
@@ -27,32 +27,6 @@ WRONG = "tr0ub4dor and 3"
 
 START_TIMEOUT = 4.0
 """Seconds that a refusal which is final must not wait for."""
-
-RULES = """
-local  all     postgres                trust
-host   closed  all       127.0.0.1/32  reject
-host   all     trusted   127.0.0.1/32  trust
-host   all     ghost     127.0.0.1/32  trust
-host   all     all       127.0.0.1/32  scram-sha-256
-"""
-
-
-class StrictPostgres(EmbeddedPostgres):
-    """A server that asks for passwords, except those who come over the Unix socket."""
-
-    def __init__(self) -> None:
-        super().__init__(log_connections="on", password_encryption="scram-sha-256")
-        (self._data / "pg_hba.conf").write_text(RULES)
-
-    @property
-    def log(self) -> list[str]:
-        """What the server has to say."""
-        return (self._data / "log").read_text().splitlines()
-
-    @property
-    def knocks(self) -> int:
-        """How many connections were tried over TCP."""
-        return sum("connection received: host=127.0.0.1" in line for line in self.log)
 
 
 class CountingManager(PostgresManager):
@@ -90,11 +64,6 @@ def address(strict: StrictPostgres, superuser: Onlooker) -> str:
     superuser.do("CREATE ROLE keeper LOGIN")
     set_password(superuser, RIGHT)
     return f"host=127.0.0.1 port={strict.port} user=keeper dbname=postgres"
-
-
-def set_password(superuser: Onlooker, password: str) -> None:
-    literal = psycopg.sql.Literal(password).as_string(None)
-    superuser.do(f"ALTER ROLE keeper PASSWORD {literal}")
 
 
 async def who_am_i(connection: TrioConnection[Any]) -> str:

@@ -82,10 +82,10 @@ async def test_a_manager_and_a_factory_can_be_given_to_the_pool_itself(dsn: str)
 
 @pytest.mark.parametrize("make", [PostgresManager, open_pool])
 def test_a_wrong_type_is_refused_at_once(make: Callable[..., object]) -> None:
-    """A conninfo that is no text, and a configure that can't be called, are a TypeError at once."""
-    with pytest.raises(TypeError, match="conninfo must be a str, not int"):
+    """A conninfo of another type, and a configure that can't be called, are a TypeError at once."""
+    with pytest.raises(TypeError, match="conninfo must be a str or a callable, not int"):
         make(5432)
-    with pytest.raises(TypeError, match="conninfo must be a str, not NoneType"):
+    with pytest.raises(TypeError, match="conninfo must be a str or a callable, not NoneType"):
         make(None)
     with pytest.raises(TypeError, match="configure must be an async callable, not 'nonsense'"):
         make("", configure="nonsense")

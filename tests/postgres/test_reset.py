@@ -670,7 +670,7 @@ def test_a_wrong_configure_or_conninfo() -> None:
     """A configure that can't be called, and a conninfo that is no text, are refused at once."""
     with pytest.raises(TypeError, match="configure"):
         PostgresManager(configure="SET x = 1")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="conninfo must be a str, not int"):
+    with pytest.raises(TypeError, match="conninfo must be a str or a callable, not int"):
         PostgresManager(7)  # type: ignore[arg-type]
 
 

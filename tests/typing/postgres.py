@@ -60,6 +60,35 @@ async def a_service(nursery: trio.Nursery) -> None:
         assert_type(connection, TrioConnection[Any])
 
 
+def credentials() -> str:
+    return "dbname=shop password=fresh"
+
+
+async def slow_credentials() -> str:
+    return credentials()
+
+
+class Vault:
+    async def __call__(self) -> str:
+        return credentials()
+
+    def ask(self, role: str) -> str:
+        return role
+
+
+async def pools_that_ask_for_their_conninfo() -> None:
+    async with open_pool(credentials, autocommit=True) as session:
+        assert_type(session, PostgresSession[TrioConnection[Any]])
+    async with open_pool(slow_credentials) as session:
+        assert_type(session, PostgresSession[TrioConnection[Any]])
+    open_pool(Vault())
+    open_pool(lambda: "dbname=shop")
+    open_pool(lambda: slow_credentials())
+    open_pool(partial(Vault().ask, "keeper"))
+    PostgresManager(credentials)
+    PostgresManager(conninfo=slow_credentials)
+
+
 async def pools_of_typed_connections() -> None:
     async with whitepool.open_pool(lambda: connect("dbname=shop")) as tuples:
         assert_type(tuples, Session[TrioConnection[TupleRow]])
@@ -76,3 +105,7 @@ def mistakes() -> None:
     open_pool(1)  # type: ignore[arg-type]
     open_pool(reset="maybe")  # type: ignore[arg-type]
     open_pool(configure=print)  # type: ignore[arg-type]  # not async
+    open_pool(Vault().ask)  # type: ignore[arg-type]  # wants an argument
+    open_pool(Vault)  # type: ignore[arg-type]  # returns no str
+    open_pool(slow_credentials())  # type: ignore[arg-type]  # is no callable
+    PostgresManager(lambda: 5432)  # type: ignore[arg-type]

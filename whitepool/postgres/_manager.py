@@ -27,6 +27,7 @@ from ._session import PostgresSession
 from ._waiting import drive
 
 Connection = TrioConnection[Any]
+Conninfo = Union[str, Callable[[], str], Callable[[], Awaitable[str]]]
 Configure = Callable[[Connection], Awaitable[None]]
 Reset = Union[Literal["rollback", "session"], Configure]
 
@@ -170,7 +171,12 @@ class PostgresManager(ConnectionManager):
     exist, a certificate that does not verify) ends the opening of a pool at once.
 
     Args:
-      conninfo: the connection string, as for `connect`.
+      conninfo: the connection string, as for `connect`. Or a callable, plain or async, that returns
+          one and takes no arguments. It is called before each connection is opened, in the
+          connection's own task, and has `start_timeout` together with the connecting. An exception
+          that it raises is a failed attempt to connect. Anything but a valid connection string ends
+          the opening of a pool at once, as a wrong password does. The keywords have precedence over
+          what it returns.
       configure: an async callable that gets each new connection once, before any client does. It
           must leave no transaction open: without ``autocommit=True``, end it with a commit.
       reset: what happens to a connection between two clients. ``"rollback"`` (default) ends a
@@ -188,14 +194,16 @@ class PostgresManager(ConnectionManager):
 
     def __init__(
         self,
-        conninfo: str = "",
+        conninfo: Conninfo = "",
         *,
         configure: Configure | None = None,
         reset: Reset = "rollback",
         **connect_keywords: Any,
     ) -> None:
-        if not isinstance(conninfo, str):
-            raise TypeError(f"conninfo must be a str, not {type(conninfo).__name__}")
+        if not isinstance(conninfo, str) and not callable(conninfo):
+            raise TypeError(f"conninfo must be a str or a callable, not {type(conninfo).__name__}")
+        if callable(conninfo):
+            check_call("conninfo", conninfo)
         if configure is not None and not callable(configure):
             raise TypeError(f"configure must be an async callable, not {configure!r}")
         if configure is not None:
@@ -206,7 +214,8 @@ class PostgresManager(ConnectionManager):
             raise TypeError(f"reset must be 'rollback', 'session' or a callable, not {reset!r}")
         if callable(reset):
             check_call("reset", reset, "connection")
-        validate(conninfo, connect_keywords)
+        # What a callable returns is checked when it has done so; the keywords are known now.
+        validate(conninfo if isinstance(conninfo, str) else "", connect_keywords)
         self._conninfo = conninfo
         self._configure = configure
         self._reset = reset
@@ -218,12 +227,33 @@ class PostgresManager(ConnectionManager):
     async def create(self) -> Connection:
         """Connect.
 
-        Override it to connect in another way, for example with a password that changes. It must leave
-        no transaction open. The connection that it returns is configured and reset like any other, and
-        a refusal that would only be repeated ends the opening of a pool like any other.
+        Override it to connect in another way, for example with keywords that change. (For a password
+        that changes, `conninfo` may be a callable.) It must leave no transaction open. The connection
+        that it returns is configured and reset like any other, and a refusal that would only be
+        repeated ends the opening of a pool like any other.
         """
-        connection: Connection = await TrioConnection.connect(self._conninfo, **self._keywords)
+        conninfo = await self._ask_for_conninfo()
+        connection: Connection = await TrioConnection.connect(conninfo, **self._keywords)
         return connection
+
+    async def _ask_for_conninfo(self) -> str:
+        """Return the connection string for one connection, which a callable may return each time.
+
+        Raises `whitepool.PoolStartError` if it is none: that is a mistake in the program, and trying
+        again would not help.
+        """
+        if isinstance(self._conninfo, str):
+            return self._conninfo
+        answer: object = self._conninfo()
+        if inspect.isawaitable(answer):
+            answer = await answer
+        try:
+            if not isinstance(answer, str):
+                raise TypeError(f"conninfo must return a str, not {type(answer).__name__}")
+            validate(answer, self._keywords)
+        except (TypeError, ValueError) as error:
+            raise PoolStartError(str(error)) from error
+        return answer
 
     async def _create_ready(self) -> Connection:
         """Connect by `create`, whoever wrote it.

@@ -9,7 +9,7 @@ from typing import Any
 from .._hooks import Hooks
 from .._options import NO_HOOKS, Strategy
 from .._pool import Pool
-from ._manager import Configure, Connection, PostgresManager, Reset
+from ._manager import Configure, Connection, Conninfo, PostgresManager, Reset
 from ._session import PostgresSession
 
 # The options are listed one by one, so that an editor, `help` and a type checker know them, and that
@@ -17,7 +17,7 @@ from ._session import PostgresSession
 
 
 def open_pool(
-    conninfo: str = "",
+    conninfo: Conninfo = "",
     *,
     configure: Configure | None = None,
     reset: Reset = "rollback",
