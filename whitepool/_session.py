@@ -7,7 +7,7 @@ import math
 import os
 import tracemalloc
 import warnings
-from collections.abc import Sized
+from collections.abc import Callable, Coroutine, Sized
 from contextlib import AbstractAsyncContextManager
 from functools import cache
 from threading import get_ident
@@ -31,6 +31,7 @@ from ._options import check_size
 from ._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._statistics import PoolStatistics
 from ._supervisor import ALIVE_BYPASS_WINDOW, Supervisor
+from ._wait_queue import WaitQueue
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Session[Any]")
@@ -446,7 +447,10 @@ class _Lease(AbstractAsyncContextManager[T], Holder[T]):
 
 
 class Observer(Protocol):
-    """What an `ObservedSession` reports to. Times are seconds. Neither method may raise."""
+    """What an `ObservedSession` reports to. Times are seconds. No method may raise."""
+
+    def on_wait(self, waited: float, error: BaseException | None) -> None:
+        """A task has waited in the queue for a worker, and got it, or this error."""
 
     def on_checkout(self, waited: float) -> None: ...
     def on_return(self, used: float) -> None: ...
@@ -472,11 +476,44 @@ class ObservedSession(Session[T]):
         return entry
 
 
+class _ObservedQueue(Generic[T]):
+    """The wait queue of the pool, as an `ObservedSession` uses it: each wait is reported."""
+
+    def __init__(
+        self, queue: WaitQueue[Entry[T]], now: Callable[[], float], observer: Observer
+    ) -> None:
+        self.waiters = queue.waiters
+        self._queue = queue
+        self._now = now
+        self._observer = observer
+
+    async def wait(self, timeout: float) -> tuple[Entry[T], float]:
+        return await self._report(self._queue.wait(timeout))
+
+    async def wait_nonblocking(self) -> tuple[Entry[T], float]:
+        return await self._report(self._queue.wait_nonblocking())
+
+    async def _report(
+        self, wait: Coroutine[Any, Any, tuple[Entry[T], float]]
+    ) -> tuple[Entry[T], float]:
+        since = self._now()
+        error: BaseException | None = None
+        try:
+            return await wait
+        except BaseException as its_error:
+            error = its_error
+            raise
+        finally:
+            self._observer.on_wait(self._now() - since, error)
+            del error  # it would refer to itself, by this frame
+
+
 def observed(session: S, observer: Observer) -> S:
     """Return a session of the same pool, and of the same kind, that reports to an observer."""
     kind: Any = type(session)
     new: Any = _observed_class(kind)(session._supervisor)
     new._observer = observer
+    new._queue = _ObservedQueue(new._queue, new._now, observer)
     return cast("S", new)
 
 

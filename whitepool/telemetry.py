@@ -1,10 +1,11 @@
-"""Metrics of a pool, by OpenTelemetry's conventions for connection pools. Needs the extra ``otel``::
+"""Metrics of a pool, by OpenTelemetry's conventions for connection pools, and spans of the waits for a
+worker. Needs the extra ``otel``::
 
     async with whitepool.postgres.open_pool("dbname=shop") as session:
         session = whitepool.telemetry.instrument(session)
 
-The checkouts of the session that it returns are measured. A pool that is not instrumented pays
-nothing.
+The checkouts of the session that it returns are measured, and traced. A pool that is not instrumented
+pays nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
+from time import time_ns
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 try:
-    from opentelemetry import metrics
+    from opentelemetry import metrics, trace
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
+    from opentelemetry.trace import StatusCode, Tracer, TracerProvider
 except ImportError as error:
     raise ImportError(
         f"whitepool.telemetry needs OpenTelemetry: pip install 'whitepool[otel]' ({error})"
@@ -33,6 +36,7 @@ S = TypeVar("S", bound=Session[Any])
 
 PREFIX = "db.client.connection."
 POOL_NAME, STATE = PREFIX + "pool.name", PREFIX + "state"
+WAIT_SPAN = "pool.wait"
 
 # Names and units are the conventions', and nearly the descriptions.
 TIMES = {
@@ -54,27 +58,54 @@ BOUNDARIES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
 have for ``db.client.operation.duration``."""
 
 
-def instrument(session: S, *, meter_provider: MeterProvider | None = None) -> S:
+def instrument(
+    session: S,
+    *,
+    meter_provider: MeterProvider | None = None,
+    tracer_provider: TracerProvider | None = None,
+) -> S:
     """Return a session of the same pool that measures its checkouts; use it in place of the other.
 
-    It is of the same kind: one of connections to PostgreSQL has `connection`, too.
+    It is of the same kind: one of connections to PostgreSQL has `connection`, too. A checkout of it
+    that has to wait makes a span ``pool.wait``, as a child of the task's current span.
 
     What the pool itself knows (how many workers there are and who waits for one, how long starts
     take) is reported from now on until it is closed, whichever session is used. Without a
-    `meter_provider` the global one gets it all; that may be set later.
+    `meter_provider` or a `tracer_provider` the global ones are used; they may be set later.
     """
     panel = _panel(meter_provider)
     panel.watch(session._supervisor)
-    return observed(session, _Recorder(panel, session.name))
+    tracer = trace.get_tracer("whitepool", __version__, tracer_provider)
+    return observed(session, _Recorder(panel, tracer, session.name))
 
 
 class _Recorder:
-    """Records the checkouts of one pool in the histograms of a panel (see `Observer`)."""
+    """Records the checkouts of one pool in the histograms of a panel, and the waits as spans (see
+    `Observer`)."""
 
-    def __init__(self, panel: _Panel, pool: str) -> None:
-        attributes = {POOL_NAME: pool}
+    def __init__(self, panel: _Panel, tracer: Tracer, pool: str) -> None:
+        self._tracer = tracer
+        self._attributes = attributes = {POOL_NAME: pool}
         self.on_checkout = partial(panel.wait_time.record, attributes=attributes)
         self.on_return = partial(panel.use_time.record, attributes=attributes)
+
+    def on_wait(self, waited: float, error: BaseException | None) -> None:
+        """Make the span when the wait is over, in the task that has waited: nothing is open meanwhile.
+
+        A cancellation is no error, as in the spans of OpenTelemetry's own.
+        """
+        # A sampler or a processor of the application's may raise. The task may have a worker by now,
+        # which must not be lost.
+        with suppress(Exception):
+            end = time_ns()
+            span = self._tracer.start_span(
+                WAIT_SPAN, attributes=self._attributes, start_time=end - int(waited * 1e9)
+            )
+            if isinstance(error, Exception):
+                kind = type(error)
+                span.set_attribute("error.type", f"{kind.__module__}.{kind.__qualname__}")
+                span.set_status(StatusCode.ERROR, str(error))
+            span.end(end)
 
 
 class _Panel:

@@ -1,6 +1,6 @@
-"""The private names of psycopg that whitepool.postgres relies on.
+"""The private names of psycopg, and of what instruments it, that whitepool.postgres relies on.
 
-A release of psycopg that drops one of them fails here first, and says which. Those that are looked for
+A release that drops one of them fails here first, and says which. Those that are looked for
 before they are used, as they are newer than the oldest psycopg that is supported, are marked.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from opentelemetry.instrumentation.psycopg import PsycopgInstrumentor
 from psycopg import AsyncPipeline, capabilities, errors, generators, pq
 from psycopg.adapt import AdaptersMap
 
@@ -61,6 +62,10 @@ NEW_ERRORS = {"_WaitTimeout": (3, 3)}
 """Raised only where psycopg's `wait` has a timeout, which came together with it."""
 
 GENERATORS = ["execute", "fetch"]
+
+
+OF_OPENTELEMETRY = {"_is_instrumented_by_opentelemetry", "_self_wrapper"}
+"""Names of its instrumentation of psycopg, and of wrapt, by which it wraps `connect`."""
 
 
 @pytest.fixture
@@ -157,6 +162,20 @@ def test_the_way_to_cancel() -> None:
     assert hasattr(capabilities, "has_cancel_safe"), lacking("capabilities.has_cancel_safe")
 
 
+def test_opentelemetry(
+    connection: psycopg.AsyncConnection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The official instrumentation leaves its marks where whitepool looks for them."""
+    for kind in (psycopg.Connection, psycopg.AsyncConnection):
+        monkeypatch.setattr(kind, "connect", vars(kind)["connect"])
+    PsycopgInstrumentor().instrument()
+    assert callable(vars(psycopg.AsyncConnection)["connect"]._self_wrapper)
+    PsycopgInstrumentor().uninstrument()
+    assert not hasattr(vars(psycopg.AsyncConnection)["connect"], "_self_wrapper")
+    PsycopgInstrumentor.instrument_connection(connection)
+    assert connection._is_instrumented_by_opentelemetry is True  # type: ignore[attr-defined]
+
+
 def test_adapters_are_private_until_they_are_used(connection: psycopg.AsyncConnection[Any]) -> None:
     """Asking a connection for its adapters makes its own copy, which a reset throws away."""
     assert isinstance(connection.adapters, AdaptersMap)
@@ -176,6 +195,7 @@ def test_every_private_name_is_listed_here() -> None:
         *NEW_METHODS,
         *CURSOR_METHODS,
         *ERRORS,
+        *OF_OPENTELEMETRY,
         "_prepared",
         "_conn",
         "_stack_index",

@@ -70,6 +70,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
     """Seconds that a cancelled operation, and all blocks that the cancellation leaves, may take
     together to leave the connection, and the server, in order. After that the connection is closed."""
 
+    # `PsycopgInstrumentor.instrument_connection` of OpenTelemetry notes here what it has done. It is
+    # declared because a reset of the session takes the instrumentation off, and the note with it.
+    _is_instrumented_by_opentelemetry: bool = False
+
     def __init__(
         self,
         pgconn: pq.abc.PGconn,
@@ -94,6 +98,9 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         # Whether libpq may still return single rows, which it does to the end of a pipeline's first
         # query, too.
         self._has_streamed = False
+        # What `reset="session"` of a pool restores. Each connection has its own, because the cursor
+        # factory of one that is instrumented knows its server.
+        self._as_new: dict[str, Any] = {}
         self._time_slice = TimeSlice(BUSY_TIME)
         self._read_only_parameters = read_only_parameters(pgconn)
         self._last_words = ""
@@ -135,7 +142,27 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         if context:
             connection._adapters = AdaptersMap(context.adapters)
         connection.prepare_threshold = prepare_threshold
+        await connection._instrument()
         return connection
+
+    async def _instrument(self) -> None:
+        """Let OpenTelemetry instrument this connection, and others that wrap psycopg's `connect`.
+
+        It replaces the cursor factory of a new connection there, but psycopg's own
+        `AsyncConnection.connect` is not called for this one. The wrapper is one of wrapt's. It is
+        called around a function that only takes the cursor factory, as the connection is open by now.
+        What it returns is not used: some libraries return a proxy, which is no connection to a pool.
+        """
+
+        async def connected(*_: object, cursor_factory: Any, **__: object) -> TrioConnection[Row]:
+            self.cursor_factory = cursor_factory
+            return self
+
+        # Looked up each time, as a wrapper may come, and go, at any time.
+        method = vars(psycopg.AsyncConnection)["connect"]
+        while (wrapper := getattr(method, "_self_wrapper", None)) is not None:
+            await wrapper(connected, type(self), (), {"cursor_factory": self.cursor_factory})
+            method = method.__wrapped__
 
     @enable_ki_protection
     async def wait(

@@ -69,6 +69,7 @@ _CLIENT_SIDE = (
     "prepare_threshold",
     "prepared_max",
     "cleanup_timeout",
+    "_is_instrumented_by_opentelemetry",
 )
 
 
@@ -291,7 +292,7 @@ class PostgresManager(ConnectionManager):
             await super().reset(worker)
         if self._reset == "session":
             await _run(worker, _DISCARD_SESSION)
-            _forget_client(worker, self._new, self._new_adapters)
+            _forget_client(worker)
             await self._set_up(worker)
         elif callable(self._reset):
             await _call(self._reset, worker, "reset")
@@ -303,8 +304,8 @@ class PostgresManager(ConnectionManager):
         Its attributes are noted before: what `configure` sets on it, it will set again.
         """
         if self._reset == "session":
-            self._new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
-            self._new_adapters = _copied(connection._adapters)
+            connection._as_new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
+            connection._as_new["_adapters"] = _copied(connection._adapters)
         if self._configure is not None:
             await _call(self._configure, connection, "configure")
             _demand_no_transaction(connection, "configure")
@@ -401,14 +402,13 @@ async def _run(connection: Connection, command: bytes) -> list[pq.abc.PGresult]:
     return results
 
 
-def _forget_client(connection: Connection, new: dict[str, Any], adapters: AdaptersMap | None) -> None:
+def _forget_client(connection: Connection) -> None:
     """Restore what a client may have changed on the client's side of the session.
 
     Call it when the server has discarded its side, prepared statements included.
     """
-    for name, value in new.items():
+    for name, value in connection._as_new.items():
         setattr(connection, name, value)
-    connection._adapters = _copied(adapters)
     connection._notice_handlers.clear()
     connection._notify_handlers.clear()
     backlog = getattr(connection, "_notifies_backlog", None)  # new in psycopg 3.2.4
