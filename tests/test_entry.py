@@ -20,6 +20,7 @@ EXPECTED: list[Row] = [
     ("overflow", "retired", AT_ONCE),
     ("idle", "retired", WHEN_REPLACED),
     ("lifetime", "retired", WHEN_REPLACED),
+    ("retire_all", "retired", WHEN_REPLACED),
     ("shutdown", "retired", AT_ONCE),
     ("crashed", "lost", AT_ONCE),
     ("hung_up", "lost", ON_RETURN),
@@ -89,5 +90,5 @@ def test_a_worker_is_expiring_while_it_is_open_and_well(state: State, reason: Re
     """And has to leave only when another is there in its place."""
     entry: Entry[object] = Entry()
     entry.state, entry.evict_reason = state, reason
-    expected = reason in ("idle", "lifetime") and state in (SERVICING, IDLE, IN_USE)
+    expected = reason in ("idle", "lifetime", "retire_all") and state in (SERVICING, IDLE, IN_USE)
     assert entry.is_expiring is expected

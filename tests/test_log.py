@@ -176,6 +176,27 @@ async def the_server_is_full(shop: Workshop, manager: Manager) -> None:
         await trio.sleep(1)
 
 
+async def a_worker_comes_back_late(shop: Workshop, manager: Manager) -> None:
+    async with (
+        whitepool.open_pool(manager, name="mine", held_warning=10) as session,
+        session.worker(),
+    ):
+        await trio.sleep(15)
+
+
+async def a_task_ends_with_a_worker(shop: Workshop, manager: Manager) -> None:
+    async with whitepool.open_pool(
+        manager, name="mine", held_warning=10, shutdown_timeout=15
+    ) as session:
+        kept = []
+
+        async def end() -> None:
+            kept.append(await session.block_checkout())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+
+
 TROUBLES = (
     an_operator_acts,
     the_server_is_full,
@@ -189,6 +210,8 @@ TROUBLES = (
     closing_fails,
     a_manager_fails,
     a_worker_is_forgotten,
+    a_worker_comes_back_late,
+    a_task_ends_with_a_worker,
 )
 
 
@@ -276,7 +299,11 @@ async def test_the_line_that_logs_for_structlog(autojump_clock: MockClock) -> No
     capture = LogCapture()
     structlog.configure(processors=[adder, capture])
     await provoke_everything()
-    assert {entry["filename"] for entry in capture.entries} == {"_starting.py", "_supervisor.py"}
+    assert {entry["filename"] for entry in capture.entries} == {
+        "_holding.py",
+        "_starting.py",
+        "_supervisor.py",
+    }
 
 
 @pytest.mark.parametrize("configure", [lambda: None, structlog.configure])

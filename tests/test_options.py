@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "max_starting": 4,
     "max_waiting": math.inf,
     "patience": 0.4,
+    "held_warning": math.inf,
     "hooks": Hooks(),
 }
 
@@ -60,6 +61,8 @@ GOOD_OPTIONS: list[tuple[str, Any]] = [
     ("shutdown_timeout", 0.0),
     ("patience", 0.001),
     ("patience", 1),
+    ("held_warning", 0.001),
+    ("held_warning", math.inf),
     ("hooks", Hooks(on_create=print)),
 ]
 
@@ -99,6 +102,8 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception]]] = [
     ("min_ready", 6, ValueError),
     ("min_ready", -1, ValueError),
     ("min_ready", 1.0, TypeError),
+    ("held_warning", 0, ValueError),
+    ("held_warning", "60", TypeError),
     ("hooks", [], TypeError),
 ]
 

@@ -73,6 +73,7 @@ Reason = overflow | idle | lifetime | retire_all | shutdown | crashed | hung_up 
             dead | destroyed | reset_failed | hook_failed | leaked
 class Resource
     def get()
+    def hand_over()
     lost
 class Session
     async def block_checkout(timeout=None)
@@ -147,6 +148,7 @@ shutdown_timeout = 30.0
 max_starting = 4
 max_waiting = inf
 patience = 0.4
+held_warning = inf
 hooks = Hooks(on_create=None, before_acquire=None, on_checkout=None, on_checkin=None,
             after_release=None, on_destroy=None)
 """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import trio
+    from trio.lowlevel import Task
 
     from ._worker_task import WorkerTask
 
@@ -17,6 +18,9 @@ T = TypeVar("T")
 
 SMALLEST_JITTER = 0.9
 """The smallest factor for the periods of a worker. See `Entry.jitter`."""
+
+HANDED_OVER = "handed over"
+"""In place of the task that has a worker: its resource belongs to no one task. See `Entry.client`."""
 
 
 class State(Enum):
@@ -106,6 +110,7 @@ class Entry(Generic[T]):
         "after_hook",
         "can_be_checked",
         "checked_out_at",
+        "client",
         "crash",
         "evict_reason",
         "expires_at",
@@ -121,6 +126,7 @@ class Entry(Generic[T]):
         "opened_at",
         "opening_time",
         "probed_at",
+        "reported_at",
         "state",
         "task",
         "worker",
@@ -152,6 +158,11 @@ class Entry(Generic[T]):
         """What its peer said last, if it is lost or destroyed, and its peer has said why."""
         self.in_use_since = -math.inf
         """When it was last handed to a client."""
+        self.client: Task | str | None = None
+        """The task that has it, or HANDED_OVER. It is noted only if `held_warning` is set, and None
+        while no client has it."""
+        self.reported_at = -math.inf
+        """When one of its checkouts was last reported: the present one, if after `in_use_since`."""
         self.checked_out_at = ""
         """Where its last client had checked it out, for what a reset has to tell. It is noted at the
         return, and only if a reset follows."""

@@ -32,9 +32,10 @@ class PoolStartError(PoolError):
 
 
 class WorkerLost(PoolError):
-    """The worker has crashed while its client had it (`Resource.get`).
+    """The worker has left while its client had it (`Resource.get`).
 
-    A task in its own nursery has raised: `__cause__` is that error, once the worker has been closed.
+    It has crashed: a task in its own nursery has raised, and `__cause__` is that error, once the worker
+    has been closed. Or the pool has reclaimed it, because the task that checked it out has ended.
     """
 
 

@@ -1,4 +1,5 @@
-"""Maintenance: retires workers that are surplus, too old or unused, and probes the rest.
+"""Maintenance: retires workers that are surplus, too old or unused, probes the rest, and has checkouts
+that last for too long reported.
 
 The loop here asks `_sizing` which workers are due, evicts or marks them, and wakes the supervisor,
 which replaces them.
@@ -27,6 +28,7 @@ class Maintenance(Generic[T]):
     Args:
       evict: closes a worker for a reason.
       replace: called when workers were marked that are to be replaced.
+      report_held: reports checkouts that last for too long; returns when the next comes due.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class Maintenance(Generic[T]):
         *,
         evict: Callable[[Entry[T], Reason], None],
         replace: Callable[[], None],
+        report_held: Callable[[float], float],
     ) -> None:
         self._roster = roster
         self._options = options
         self._evict = evict
         self._replace = replace
+        self._report_held = report_held
         self._now = trio.lowlevel.current_clock().current_time
         self._nap = trio.CancelScope()
         # When an idle worker was last suspected to be of no use; when all suspects were last probed,
@@ -68,7 +72,12 @@ class Maintenance(Generic[T]):
         shortest = sizing.shortest_period(self._options)
         while True:
             began = self._now()
-            due = min(self._evict_surplus(began), self._mark_expired(began), self._probe(began))
+            due = min(
+                self._evict_surplus(began),
+                self._mark_expired(began),
+                self._probe(began),
+                self._report_held(began),
+            )
             wake_at = min(sizing.next_maintenance(began, due, shortest), self._probe_suspects(began))
             with trio.CancelScope(deadline=wake_at) as self._nap:
                 await trio.sleep_forever()

@@ -85,6 +85,10 @@ class Options:
     its own timeout, so that the tasks that are served have time left. 1 turns it off. No task is shed
     from a queue that drains, nor one with ``timeout=math.inf``."""
 
+    held_warning: float = math.inf
+    """A worker that is checked out for this long is reported in the log, with what its task is doing.
+    If that task has ended, the worker is reclaimed, unless `Resource.hand_over` was called."""
+
     hooks: Hooks = NO_HOOKS
     """Functions to be called in the life of a worker."""
 
@@ -102,7 +106,7 @@ class Options:
             "shutdown_timeout",
         ):
             check_seconds(option, getattr(self, option))
-        for option in ("start_timeout", "idle_timeout", "max_lifetime"):
+        for option in ("start_timeout", "idle_timeout", "max_lifetime", "held_warning"):
             check_seconds(option, getattr(self, option), more_than_zero=True)
         if not isinstance(self.patience, (int, float)) or isinstance(self.patience, bool):
             raise TypeError(f"patience must be a number, not {self.patience!r}")

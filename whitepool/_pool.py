@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -20,7 +21,7 @@ if sys.version_info < (3, 11):
 from ._checks import check_runs_on_trio, did_you_mean
 from ._manager import Factory, FactoryManager, WorkerManager, check_factory
 from ._options import Options
-from ._session import Session
+from ._session import Session, tracking
 from ._supervisor import Supervisor
 
 P = ParamSpec("P")
@@ -69,7 +70,10 @@ class Pool(Options, Generic[T]):
         factory = self.factory
         manager = factory if isinstance(factory, WorkerManager) else FactoryManager(factory)
         supervisor = Supervisor(manager, options=self)
-        session: Session[T] = (manager._session_class or Session)(supervisor)
+        kind: type[Session[T]] = manager._session_class or Session
+        if self.held_warning != math.inf:
+            kind = tracking(kind)
+        session = kind(supervisor)
         _running.add(self)
         try:
             async with trio.open_nursery(strict_exception_groups=True) as nursery:

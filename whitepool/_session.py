@@ -18,12 +18,13 @@ import trio
 from trio.lowlevel import (
     cancel_shielded_checkpoint,
     checkpoint_if_cancelled,
+    current_task,
     enable_ki_protection,
 )
 
 from . import _overload as overload
 from ._checks import check_seconds
-from ._entry import Entry, State
+from ._entry import HANDED_OVER, Entry, State
 from ._errors import NotCheckedOut, PoolClosed, PoolFull, WorkerLost, describe
 from ._hooks import call, call_now
 from ._nesting import Holder
@@ -61,15 +62,20 @@ class Resource(Holder[T]):
         """Return the worker itself.
 
         Raises `NotCheckedOut` once the resource has been returned, and `WorkerLost` if the worker has
-        crashed meanwhile.
+        crashed meanwhile, or was reclaimed because the task that checked it out has ended.
         """
         entry = self._checked_out()
-        if entry.evict_reason == "crashed":
-            raise WorkerLost(
-                "the worker crashed while it was checked out"
-                + (f": {describe(entry.crash)}" if entry.crash else "")
-            ) from entry.crash
+        if entry.evict_reason is not None:
+            _check_not_lost(entry)
         return entry.worker
+
+    def hand_over(self) -> None:
+        """Say that another task has the resource from now on.
+
+        It matters only to a pool with `held_warning`, which would reclaim the worker when the task that
+        checked it out has ended. Raises `NotCheckedOut` once the resource has been returned.
+        """
+        self._checked_out().client = HANDED_OVER
 
     @property
     def lost(self) -> trio.Event:
@@ -395,6 +401,20 @@ class Session(Generic[T]):
         )
 
 
+def _check_not_lost(entry: Entry[Any]) -> None:
+    """Raise `WorkerLost` if a worker has left under its client, in a way that the client must know."""
+    if entry.evict_reason == "crashed":
+        raise WorkerLost(
+            "the worker crashed while it was checked out"
+            + (f": {describe(entry.crash)}" if entry.crash else "")
+        ) from entry.crash
+    if entry.evict_reason == "leaked":
+        raise WorkerLost(
+            "the pool has reclaimed the worker, because the task that checked it out has ended: "
+            "call hand_over() on a resource that another task is to have"
+        )
+
+
 def _not_a_resource(thing: object) -> TypeError:
     """Make the error for something that was returned, and that no checkout has handed out."""
     what = f"not {type(thing).__name__}"
@@ -511,14 +531,39 @@ class _ObservedQueue(Generic[T]):
 def observed(session: S, observer: Observer) -> S:
     """Return a session of the same pool, and of the same kind, that reports to an observer."""
     kind: Any = type(session)
-    new: Any = _observed_class(kind)(session._supervisor)
+    new: Any = _with(ObservedSession, kind)(session._supervisor)
     new._observer = observer
     new._queue = _ObservedQueue(new._queue, new._now, observer)
     return cast("S", new)
 
 
+class TrackingSession(Session[T]):
+    """A session that notes which task has which worker, for `held_warning`. See `tracking`."""
+
+    def _hand_out(self, entry: Entry[T], since: float) -> Resource[T]:
+        try:
+            entry.client = current_task()
+        except RuntimeError:  # `checkout_nowait` in a callback of Trio's, or of a host loop's
+            entry.client = HANDED_OVER
+        return super()._hand_out(entry, since)
+
+    def _redeem(self, resource: Resource[T]) -> Entry[T]:
+        entry = super()._redeem(resource)
+        if entry.reported_at > entry.in_use_since:
+            self._supervisor.holding.on_return(entry, self._now())
+        entry.client = None
+        return entry
+
+
+def tracking(kind: type[Session[T]]) -> type[Session[T]]:
+    """Return a class of sessions of the same kind that note which task has which worker."""
+    plain: Any = kind
+    return _with(TrackingSession, plain)
+
+
 @cache
-def _observed_class(kind: type[Session[Any]]) -> type[Session[Any]]:
-    if issubclass(kind, ObservedSession):
+def _with(base: type[Session[Any]], kind: type[Session[Any]]) -> type[Session[Any]]:
+    """Return a class of sessions of this kind that do what `base` adds, too."""
+    if issubclass(kind, base):
         return kind
-    return type(f"Observed{kind.__name__}", (ObservedSession, kind), {})
+    return type(base.__name__.removesuffix("Session") + kind.__name__, (base, kind), {})

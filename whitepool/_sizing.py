@@ -1,4 +1,4 @@
-"""How many workers a pool should have, and which of them it should retire or probe.
+"""How many workers a pool should have, and which of them it should retire, probe or report.
 
 Every decision here is a function of plain values, and changes nothing. `Starter`, `Maintenance` and
 `Supervisor` ask, and do what follows.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-from ._entry import SMALLEST_JITTER, Entry
+from ._entry import SMALLEST_JITTER, Entry, State
 from ._options import Options
 
 T = TypeVar("T")
@@ -85,17 +85,18 @@ def may_retire(
 
 
 def shortest_period(options: Options) -> float:
-    """Return how long it takes at least until a worker that becomes idle now comes due, in seconds."""
+    """Return how long it takes at least until a worker that changes hands now comes due, in seconds."""
     return SMALLEST_JITTER * min(
         options.overflow_ttl or math.inf,
         options.idle_timeout,
         options.max_lifetime,
         options.check_interval or math.inf,
+        options.held_warning,
     )
 
 
 def next_maintenance(now: float, due: float, shortest: float) -> float:
-    """Return when maintenance runs again; `due` is when the first of the workers idle now comes due."""
+    """Return when maintenance runs again; `due` is when the first worker comes due, as things are."""
     return max(now + MIN_MAINTENANCE_FRACTION * shortest, min(due, now + shortest))
 
 
@@ -170,3 +171,20 @@ def suspects(idle: Iterable[Entry[T]], since: float) -> list[Entry[T]]:
         and entry.evict_reason is None
         and max(entry.idle_since, entry.probed_at) <= since
     ]
+
+
+def held_too_long(
+    entries: Iterable[Entry[T]], held_warning: float, now: float
+) -> tuple[list[Entry[T]], float]:
+    """Find workers that a client has had for `held_warning`. They stay due until they come back."""
+    found: list[Entry[T]] = []
+    next_due = math.inf
+    for entry in entries:
+        # Without a client, it has been given to a task that has not had its turn since.
+        if entry.state is State.IN_USE and entry.client is not None:
+            due = entry.in_use_since + held_warning
+            if due <= now:
+                found.append(entry)
+            else:
+                next_due = min(next_due, due)
+    return found, next_due

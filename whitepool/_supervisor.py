@@ -14,6 +14,7 @@ from trio.lowlevel import enable_ki_protection
 from ._entry import REASONS, Departure, Entry, Reason, State
 from ._errors import PoolClosed, PoolStartError, describe
 from ._hangup import HangupWatch
+from ._holding import Holding
 from ._log import PoolLog
 from ._maintenance import Maintenance
 from ._manager import WorkerManager
@@ -78,7 +79,14 @@ class Supervisor(Generic[T]):
             on_unserved=self._on_unserved_waiter,
         )
         self.standing.queue = self.queue
-        self._maintenance = Maintenance(self.roster, options, evict=self.evict, replace=self.wake)
+        self.holding = Holding(self.roster, self._log, options.held_warning, evict=self.evict)
+        self._maintenance = Maintenance(
+            self.roster,
+            options,
+            evict=self.evict,
+            replace=self.wake,
+            report_held=self.holding.look,
+        )
         # The channel of ready workers. It has no bound, because at most one message for each worker,
         # and one None, are in it at a time.
         self._send_ready, self._receive_ready = trio.open_memory_channel[Entry[T] | None](math.inf)

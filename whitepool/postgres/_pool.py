@@ -39,6 +39,7 @@ def open_pool(
     max_starting: int = 4,
     max_waiting: float = math.inf,
     patience: float = 0.4,
+    held_warning: float = math.inf,
     hooks: Hooks = NO_HOOKS,
     **connect_keywords: Any,
 ) -> AbstractAsyncContextManager[PostgresSession[Connection]]:
@@ -73,6 +74,7 @@ def open_pool(
         max_starting=max_starting,
         max_waiting=max_waiting,
         patience=patience,
+        held_warning=held_warning,
         hooks=hooks,
     )
     # `grace` is for `Pool.run_service`, whose clients may be cancelled beside it.
