@@ -11,7 +11,7 @@ import pytest
 import trio
 from rich.console import Console
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop, raising
+from workshop import Manager, Tool, Workshop, nothing, raising
 
 import whitepool
 from whitepool.live import PoolView, watch
@@ -97,6 +97,22 @@ async def test_a_pool_at_work(autojump_clock: MockClock) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_waits_that_are_over(autojump_clock: MockClock) -> None:
+    """How long they were, on average; and how long a worker is out."""
+    async with whitepool.open_pool(
+        Workshop().make, name="shop", pool_size=2, max_overflow=0
+    ) as session:
+        screen, view = Screen(), PoolView(session)
+        resource = await session.block_checkout()
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(use, session, 0.2)
+        assert screen.show(view)[0] == "shop  ready                 7 checkouts/s, waits of 0.30 s"
+        await trio.sleep(12)
+        assert screen.show(view)[0] == "shop  ready                 0 checkouts/s, one out for 13 s"
+        session.checkin(resource)
+
+
 async def test_what_happens_is_told(autojump_clock: MockClock) -> None:
     """All of one second in one line, with the time; a second in which nothing happens has none."""
     shop = Workshop()
@@ -128,7 +144,28 @@ async def test_deaths_and_failing_starts(autojump_clock: MockClock) -> None:
         shop.before_open = raising(OSError("no more tools"))
         shop.tools[0].crash.set()
         await wait_all_tasks_blocked()
-        assert screen.show(view)[2:] == ["10:12:00  shop  1 failed to start, 1 lost"]
+        assert screen.show(view)[2:] == [
+            "the last start failed: OSError: no more tools",
+            "10:12:00  shop  1 failed to start, 1 lost",
+        ]
+        shop.before_open = nothing
+        await trio.sleep(5)
+        assert screen.show(view)[2:] == [
+            "10:12:00  shop  1 failed to start, 1 lost",
+            "10:12:05  shop  1 started",
+        ]
+
+
+async def test_a_pool_that_is_down(autojump_clock: MockClock) -> None:
+    """It says so, and why."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, name="shop", pool_size=1, max_overflow=0) as session:
+        shop.before_open = raising(OSError("no more tools"))
+        session.destroyed(await session.block_checkout())
+        await trio.sleep(0.01)
+        lines = Screen().show(PoolView(session))
+    assert lines[0].split() == ["shop", "down", "0", "checkouts/s"]
+    assert lines[2] == "the last start failed: OSError: no more tools"
 
 
 async def test_old_events_make_way(autojump_clock: MockClock) -> None:

@@ -26,7 +26,7 @@ from prometheus_client import start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 from trio.lowlevel import currently_ki_protected
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop, use
+from workshop import Manager, Tool, Workshop, nothing, raising, use
 
 import whitepool
 import whitepool.postgres
@@ -51,13 +51,13 @@ class Board:
                 for point in metric.data.data_points:
                     attributes = dict(point.attributes or {})
                     if (
-                        metric.name == "db.client.connection." + name
+                        metric.name in (name, "db.client.connection." + name)
                         and attributes.pop("db.client.connection.pool.name") == pool
                     ):
                         found[str(attributes.get("db.client.connection.state", ""))] = point
         return found
 
-    def number(self, name: str, state: str = "", pool: str = "mine") -> int | None:
+    def number(self, name: str, state: str = "", pool: str = "mine") -> float | None:
         points = self.points(name, pool)
         return points[state].value if points else None
 
@@ -94,13 +94,20 @@ def instruments(meter: Mock) -> dict[str, tuple[str, str]]:
 
 
 def test_the_conventions() -> None:
-    """Names, kinds and units are those of the semantic conventions; all of them, and no others."""
+    """Names, kinds and units are those of the semantic conventions: all of them. Others are our own."""
     theirs, ours = Mock(spec=Meter), Mock(spec=Meter)
     for name, create in inspect.getmembers(db_metrics, inspect.isfunction):
         if name.startswith("create_db_client_connection_"):
             create(theirs)
     telemetry._Panel(ours)
-    assert instruments(ours) == instruments(theirs)
+    found = instruments(ours)
+    assert {name: kind for name, kind in found.items() if name.startswith("db.")} == instruments(theirs)
+    assert {name: kind for name, kind in found.items() if not name.startswith("db.")} == {
+        "whitepool.waited": ("create_counter", "{checkout}"),
+        "whitepool.wait_time": ("create_counter", "s"),
+        "whitepool.longest_use": ("create_gauge", "s"),
+        "whitepool.down": ("create_gauge", "1"),
+    }
     assert db_attributes.DB_CLIENT_CONNECTION_POOL_NAME == telemetry.POOL_NAME
     assert db_attributes.DB_CLIENT_CONNECTION_STATE == telemetry.STATE
     states = {state.value for state in db_attributes.DbClientConnectionStateValues}
@@ -121,6 +128,39 @@ async def test_how_the_pool_stands(board: Board, session: Session) -> None:
     session.checkin(second)
     assert (board.number("count", "idle"), board.number("count", "used")) == (2, 0)
     assert board.number("pending_requests") == 0
+
+
+async def test_waits_and_uses(board: Board, session: Session, autojump_clock: MockClock) -> None:
+    """How many waited, and for how long; and how long the worker is out that went out first."""
+    first = await session.block_checkout()
+    await trio.sleep(1)
+    second = await session.block_checkout()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(use, session)
+        nursery.start_soon(use, session)
+        await trio.sleep(2)
+        assert board.number("whitepool.longest_use") == 3
+        assert (board.number("whitepool.waited"), board.number("whitepool.wait_time")) == (0, 0)
+        session.checkin(first)
+    assert (board.number("whitepool.waited"), board.number("whitepool.wait_time")) == (2, 4)
+    assert board.number("whitepool.longest_use") == 2
+    session.checkin(second)
+    assert board.number("whitepool.longest_use") == 0
+
+
+async def test_a_pool_that_is_down(board: Board, autojump_clock: MockClock) -> None:
+    """No worker is alive, and none can be started."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, name="mine", pool_size=1) as session:
+        telemetry.instrument(session, meter_provider=board.provider)
+        assert board.number("whitepool.down") == 0
+        shop.before_open = raising(OSError("connection refused"))
+        session.destroyed(await session.block_checkout())
+        await trio.sleep(5)
+        assert board.number("whitepool.down") == 1
+        shop.before_open = nothing
+        await trio.sleep(5)
+        assert board.number("whitepool.down") == 0
 
 
 async def test_a_worker_that_is_being_reset_is_used(board: Board) -> None:
@@ -474,7 +514,7 @@ def test_the_global_provider() -> None:
     # The start of the first came before there was a meter provider.
     missing = ["db.client.connection.create_time after explicit"]
     assert [line for line in output if not line.endswith(" after before explicit")] == missing
-    assert len(output) == 9
+    assert len(output) == 13
 
 
 async def scrape(port: int) -> dict[str, float]:

@@ -26,7 +26,7 @@ from ._statistics import PoolStatistics
 
 __all__ = ["PoolView", "watch"]
 
-STATES = {"ready": "green", "overflow": "yellow", "full": "bold red"}
+STATES = {"ready": "green", "overflow": "yellow", "full": "bold red", "down": "bold red"}
 
 WORKERS = {"in use": "yellow", "resetting": "cyan", "idle": "green", "starting": "magenta", "": "dim"}
 """The colours of the bar, from left to right; at last that of the room for more."""
@@ -34,6 +34,9 @@ WORKERS = {"in use": "yellow", "resetting": "cyan", "idle": "green", "starting":
 BLOCKS, ASCII = "█▓░▒·", "#r-s."
 
 LONGEST_BAR = 40
+
+LONG_USE = 10
+"""Seconds. The longest use is shown from then on: shorter ones would only flicker."""
 
 EVENTS = {
     "started": ("started", "green"),
@@ -52,7 +55,9 @@ class PoolView:
     """A picture of one or more pools, for rich: print it, or put it into a `rich.live.Live`.
 
     For each pool it has the state, with the workers beyond `pool_size` as ``+2``; the checkouts per
-    second, of the last second; the wait queue; and the workers as a bar. Below are the last `events`
+    second, of the last second; the wait queue, or how long those of that second have waited on average
+    that had to; the longest use that goes on; the workers as a bar; and why the last start failed, if
+    it did. Below are the last `events`
     seconds in which something happened, as far as the counters tell, since the view was made.
 
     Each time it is drawn it looks at the pools, so that has to be in Trio's thread: a `rich.live.Live`
@@ -73,6 +78,8 @@ class PoolView:
                 self._events.setdefault((second, pool.now.name), Counter()).update(news)
             yield _summary(pool)
             yield _workers(pool.now, options)
+            if pool.now.last_error is not None:
+                yield _one_line().append(f"the last start failed: {pool.now.last_error}", "red")
         while len(self._events) > self._most_events:
             del self._events[next(iter(self._events))]
         for (second, name), counts in self._events.items():
@@ -86,12 +93,12 @@ class _History:
         self._session = session
         self._time = trio.lowlevel.current_clock().current_time  # works after the run, too
         self.now = session.statistics()
-        self._past = deque([(self._time(), self.now.checkouts)])
+        self._past = deque([(self._time(), self.now)])
 
     def look(self) -> Counter[str]:
         """Look again, and return what has happened meanwhile."""
         time, before, self.now = self._time(), self.now, self._session.statistics()
-        self._past.append((time, self.now.checkouts))
+        self._past.append((time, self.now))
         while self._past[1][0] <= time - 1:  # keep one that is a second old
             self._past.popleft()
         return +Counter({name: getattr(self.now, name) - getattr(before, name) for name in EVENTS})
@@ -99,7 +106,14 @@ class _History:
     @property
     def checkouts_per_second(self) -> float:
         (begin, first), (end, last) = self._past[0], self._past[-1]
-        return (last - first) / (end - begin) if end > begin else 0
+        return (last.checkouts - first.checkouts) / (end - begin) if end > begin else 0
+
+    @property
+    def average_wait(self) -> float:
+        """Seconds for which those waited that had to wait, and that were served in the last second."""
+        first, last = self._past[0][1], self._past[-1][1]
+        waited = last.waited - first.waited
+        return (last.wait_time - first.wait_time) / waited if waited else 0
 
 
 def _one_line() -> Text:
@@ -121,6 +135,10 @@ def _summary(pool: _History) -> Text:
     text.append(f"{pool.checkouts_per_second:5.0f} checkouts/s")
     if now.waiting:
         text.append(f", {now.waiting} waiting, the first for {now.longest_wait:.2f} s", "yellow")
+    elif pool.average_wait:
+        text.append(f", waits of {pool.average_wait:.2f} s")
+    if now.longest_use >= LONG_USE:
+        text.append(f", one out for {now.longest_use:.0f} s", "yellow")
     return text
 
 

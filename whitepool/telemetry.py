@@ -50,7 +50,19 @@ NUMBERS = {
     "idle.min": ("{connection}", "The minimum number of idle open connections allowed."),
     "max": ("{connection}", "The maximum number of open connections allowed."),
     "pending_requests": ("{request}", "The number of current pending requests for a connection."),
+}
+COUNTERS = {
     "timeouts": ("{timeout}", "The number of timeouts trying to obtain a connection from the pool."),
+}
+# The conventions have nothing of the kind, so these have a prefix of our own.
+OWN_PREFIX = "whitepool."
+OWN_COUNTERS = {
+    "waited": ("{checkout}", "The number of checkouts that had to wait, and got a worker."),
+    "wait_time": ("s", "The time for which those have waited, in all."),
+}
+OWN_GAUGES = {
+    "longest_use": ("s", "The time for which the worker is out that was checked out first."),
+    "down": ("1", "1 while no worker is alive and none can be started, else 0."),
 }
 
 BOUNDARIES = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10)
@@ -121,12 +133,14 @@ class _Panel:
             )
             for name, description in TIMES.items()
         )
-        for name, (unit, description) in NUMBERS.items():
-            arguments = (PREFIX + name, [partial(self._observe, name)], unit, description)
-            if name == "timeouts":  # the only one that never goes down
-                meter.create_observable_counter(*arguments)
-            else:
-                meter.create_observable_up_down_counter(*arguments)
+        for prefix, numbers, create in (
+            (PREFIX, NUMBERS, meter.create_observable_up_down_counter),
+            (PREFIX, COUNTERS, meter.create_observable_counter),
+            (OWN_PREFIX, OWN_COUNTERS, meter.create_observable_counter),
+            (OWN_PREFIX, OWN_GAUGES, meter.create_observable_gauge),
+        ):
+            for name, (unit, description) in numbers.items():
+                create(prefix + name, [partial(self._observe, prefix + name)], unit, description)
 
     def watch(self, supervisor: Supervisor[Any]) -> None:
         """Report what a pool knows, once, however often it is instrumented."""
@@ -145,7 +159,7 @@ class _Panel:
                     yield Observation(number, {**attributes, STATE: state} if state else attributes)
 
 
-def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, int]]:
+def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, float]]:
     """Return what the instruments show of a pool, by name and state."""
     options, roster = supervisor.options, supervisor.roster
     for _ in range(3):
@@ -153,12 +167,16 @@ def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, int]]:
             now = supervisor.statistics()
             return {
                 # Read from another thread, the counts may be inconsistent: never less than none.
-                "count": {"idle": now.idle, "used": max(0, now.in_use + now.resetting)},
-                "idle.max": {"": roster.limit if options.overflow_ttl else roster.pool_size},
-                "idle.min": {"": 0 if options.lazy else roster.pool_size},
-                "max": {"": roster.limit},
-                "pending_requests": {"": now.waiting},
-                "timeouts": {"": now.timeouts + now.overloads},
+                PREFIX + "count": {"idle": now.idle, "used": max(0, now.in_use + now.resetting)},
+                PREFIX + "idle.max": {"": roster.limit if options.overflow_ttl else roster.pool_size},
+                PREFIX + "idle.min": {"": 0 if options.lazy else roster.pool_size},
+                PREFIX + "max": {"": roster.limit},
+                PREFIX + "pending_requests": {"": now.waiting},
+                PREFIX + "timeouts": {"": now.timeouts + now.overloads},
+                OWN_PREFIX + "waited": {"": now.waited},
+                OWN_PREFIX + "wait_time": {"": now.wait_time},
+                OWN_PREFIX + "longest_use": {"": now.longest_use},
+                OWN_PREFIX + "down": {"": int(now.state == "down")},
             }
     return {}
 
