@@ -40,11 +40,12 @@ class Backoff:
         self.failures = 0
         """Failures without a pause of `FAILURE_RESET_AFTER`, even if starts succeeded in between. Those
         of starts that were under way together count as one."""
-        self._last_failure = -math.inf
+        self.last_failure = -math.inf
+        """When a start failed last."""
 
     def recent_error(self, now: float, start_timeout: float) -> Exception | None:
         """Return why the last start failed, unless the starts after it have had time to succeed."""
-        has_passed = now > self._last_failure + start_timeout + FAILURE_RESET_AFTER
+        has_passed = now > self.last_failure + start_timeout + FAILURE_RESET_AFTER
         return None if has_passed else self.last_error
 
     def succeeded(self) -> None:
@@ -56,12 +57,12 @@ class Backoff:
         """Note that a start which began at the time `begun` has failed."""
         self.last_error = error
         # It was under way when another one failed, so this is the same refusal, not another.
-        if begun < self._last_failure:
+        if begun < self.last_failure:
             return
         # A success in between changes nothing: a server may take connections only to drop them.
-        if now > self._last_failure + FAILURE_RESET_AFTER:
+        if now > self.last_failure + FAILURE_RESET_AFTER:
             self.failures = 0
-        self._last_failure = now
+        self.last_failure = now
         self.failures += 1
         self.retry_at = now + random.uniform(0, longest_pause(self.failures))
 

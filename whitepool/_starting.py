@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import trio
 
 from . import _sizing as sizing
-from ._backoff import EARLY_DEATH_WINDOW, Backoff, EarlyDeaths
+from ._backoff import EARLY_DEATH_WINDOW, FAILURE_RESET_AFTER, Backoff, EarlyDeaths
 from ._entry import Entry, Reason
 from ._errors import PoolStartError, describe
 from ._log import PoolLog
@@ -131,9 +131,7 @@ class Starter(Generic[T]):
         content with what it has, and goes on trying.
         """
         self._counters["start_failures"] += 1
-        self.backoff.failed(error, begun=begun, now=now)
-        if self.down_since is None and self.is_down:
-            self.down_since = now
+        self._back_off(error, begun, now)
         is_full = is_full and self._roster.open > 0
         if not is_full:
             self._log.throttled_warning("start_failed", error=describe(error))
@@ -156,10 +154,16 @@ class Starter(Generic[T]):
         if not self._early_deaths.too_many(self._roster.limit, opened_at=entry.opened_at, now=now):
             return False
         error = ConnectionError(f"workers are lost within {EARLY_DEATH_WINDOW} s of opening: {reason}")
-        self.backoff.failed(error, begun=entry.opened_at, now=now)
+        self._back_off(error, entry.opened_at, now)
+        return True
+
+    def _back_off(self, error: Exception, begun: float, now: float) -> None:
+        # A lazy pool has made no attempt while it was not used: what was then says nothing of now.
+        if begun > self.backoff.last_failure + FAILURE_RESET_AFTER:
+            self.down_since = None
+        self.backoff.failed(error, begun=begun, now=now)
         if self.down_since is None and self.is_down:
             self.down_since = now
-        return True
 
     def set_opened_if_complete(self) -> None:
         """Set `opened` if enough workers are open, and ready to be used."""
