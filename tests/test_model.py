@@ -612,14 +612,13 @@ class PoolMachine(RuleBasedStateMachine):
         for client in self.waiting:
             assert now < client.deadline, f"{client} was forgotten"
         lost = self.session._supervisor.statistics().lost
-        if lost > self.lost:
-            self.lost, self.last_death = lost, now
-        # What is missing is being started, unless starts have just failed. Where more workers have
-        # died than there are places, it may be their successors that die: that is no better.
-        last_failure = max(
-            self.manager.last_failure, self.last_death if lost > self.limit else -math.inf
-        )
-        if now - last_failure <= LONGEST_PAUSE:
+        # Where more workers have died than there are places, it may be their successors that die: that
+        # is no better than a start that fails.
+        if lost > max(self.lost, self.limit):
+            self.last_death = now
+        self.lost = lost
+        # What is missing is being started, unless starts have just failed.
+        if now - max(self.manager.last_failure, self.last_death) <= LONGEST_PAUSE:
             return
         there = len(self.shop.alive) + self.shop.opening
         if self.waiting and there < self.limit:

@@ -140,6 +140,44 @@ def test_the_counts_follow_from_the_entries() -> None:
     roster.check()
 
 
+def test_the_bounds_may_change() -> None:
+    """Those that are being closed take up room, but are none of those that have to go."""
+    roster = new_roster()
+    assert (roster.pool_size, roster.limit) == (5, 15)
+    for state in State:
+        add(roster, state)
+    assert (roster.room, roster.too_many) == (10, -11)
+    roster.limit = 3
+    assert (roster.room, roster.too_many) == (-2, 1)
+
+
+def test_the_entries_are_in_the_order_of_their_starts() -> None:
+    """Whatever becomes of them."""
+    roster = new_roster()
+    entries = [add(roster, state) for state in (IDLE, OPENING, IN_USE, CLOSING, SERVICING)]
+    assert list(roster.entries) == entries
+    roster.remove(entries[3])
+    entries[3:4] = []
+    assert list(roster.entries) == entries
+
+
+@pytest.mark.parametrize("after", [IDLE, IN_USE, CLOSING])
+def test_a_probe_ends_when_the_state_changes(after: State) -> None:
+    """Those that are probed are known, with when that began; a reset is no probe."""
+    roster = new_roster()
+    add(roster, SERVICING)
+    entry = add(roster, IDLE, idle_since=3)
+    roster.begin_probe(entry, now=7)
+    assert (entry.state, entry.idle_since) == (SERVICING, 3)
+    assert roster.probes == {entry: 7}
+    roster.check()
+    if after is CLOSING:
+        roster.mark(entry, "check_failed")
+    roster.move(entry, after)
+    assert not roster.probes
+    roster.check()
+
+
 def test_a_worker_is_started_once() -> None:
     """When it has been opened; a reset or a probe starts nothing."""
     roster = new_roster()
@@ -217,7 +255,11 @@ def test_the_strategy_says_which_end_is_taken(strategy: Strategy) -> None:
     """The one that was in use last, or the one that has been idle the longest."""
     roster = new_roster(strategy)
     entries = [add(roster, IDLE, idle_since=time) for time in (1, 2, 3)]
-    taken = [roster.take_idle(now=7) for _ in entries]
+    taken = []
+    for _ in entries:
+        announced = roster.next_idle()
+        taken.append(roster.take_idle(now=7))
+        assert announced is taken[-1]
     assert taken == (entries[::-1] if strategy == "lifo" else entries)
     assert all((entry.state, entry.in_use_since) == (IN_USE, 7) for entry in entries)
     assert counts(roster)[IN_USE] == 3
@@ -329,6 +371,10 @@ def confuse_the_order_of_use(roster: RosterOf) -> None:
     roster.idle.reverse()
 
 
+def keep_an_idle_worker_among_the_probed(roster: RosterOf) -> None:
+    roster.probes[roster.idle[0]] = 1
+
+
 def count_a_start_too_many(roster: RosterOf) -> None:
     roster._counters["started"] += 1
 
@@ -349,6 +395,7 @@ FALSIFICATIONS: list[Callable[[RosterOf], None]] = [
     miscount_those_to_be_replaced,
     mark_beside_the_roster,
     confuse_the_order_of_use,
+    keep_an_idle_worker_among_the_probed,
     count_a_start_too_many,
     forget_a_departure,
 ]

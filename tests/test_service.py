@@ -115,7 +115,12 @@ def folder() -> Iterator[Path]:
 
 
 async def open_accounts(onlooker: Connection) -> None:
-    """Open accounts 1 to 4, with a million on each."""
+    """Open accounts 1 to 4, with a million on each, as soon as the service has made the table."""
+
+    async def has_table() -> bool:
+        return bool(await ask(onlooker, "SELECT to_regclass('account') IS NOT NULL"))
+
+    await until(has_table)
     await onlooker.execute(
         "INSERT INTO account (owner, balance) SELECT 'Ada', 1000000 FROM generate_series(1, 4)"
     )
@@ -287,6 +292,59 @@ async def test_it_heals(mortal_server: EmbeddedPostgres, errors: Errors) -> None
                 assert await transfers(onlooker) == sorted(done)
                 assert await balances(onlooker) == [-len(done), len(done), 0, 0]
             assert "Traceback" not in errors.read()
+
+
+async def test_an_outage_is_answered_at_once(mortal_server: EmbeddedPostgres, errors: Errors) -> None:
+    """While the database is away, each request gets its 503 in milliseconds; a second after its return
+    at the latest, each is served. It may be away when the service starts, too."""
+    refused: list[float] = []
+
+    async def status(service: Service) -> int:
+        began = trio.current_time()
+        status = await service.transfer()
+        if status == 503:
+            refused.append(trio.current_time() - began)
+        return status
+
+    async def is_back(service: Service) -> float:
+        """Return the seconds from the return of the database to the first request that is served."""
+        await trio.to_thread.run_sync(mortal_server.start)
+        began = trio.current_time()
+        while await status(service) == 503:
+            await trio.sleep(0.01)
+        return trio.current_time() - began
+
+    async def stays_away(service: Service) -> None:
+        # From when on the outage has lasted for longer than a request would wait.
+        await trio.sleep(0.5 + 0.2)
+        refused.clear()
+        for _ in range(100):
+            assert await status(service) == 503
+            await trio.sleep(0.01)  # until the next attempt of the pool, and beyond it
+        assert sorted(refused)[50] < 0.05
+        assert max(refused) < 0.4  # on a busy machine; without it a request waits for 0.5 s
+        answer = await service.http.get("/readyz")
+        assert (answer.status_code, answer.json()["state"]) == (503, "down")
+        assert (await service.http.get("/healthz")).status_code == 200
+
+    with trio.fail_after(BOUND):
+        await trio.to_thread.run_sync(mortal_server.stop, "immediate")
+        async with run_service(errors, DATABASE_URL=mortal_server.dsn, REQUEST_TIMEOUT="1") as (
+            service,
+            _,
+        ):
+            await stays_away(service)
+            await trio.to_thread.run_sync(mortal_server.start)
+            await until(service.is_ready)
+            async with await connect(mortal_server.dsn, autocommit=True) as onlooker:
+                await open_accounts(onlooker)
+            assert await status(service) == 201
+            for _ in range(2):
+                await trio.to_thread.run_sync(mortal_server.stop, "immediate")
+                await until(service.is_unready)
+                await stays_away(service)
+                assert await is_back(service) < 1
+        assert "Traceback" not in errors.read()
 
 
 async def test_a_long_queue_is_not_made_longer(

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books, hang, raising, use
+from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising, use
 
 import whitepool
 
@@ -152,6 +152,37 @@ async def test_the_default_timeout(autojump_clock: trio.testing.MockClock) -> No
             with pytest.raises(whitepool.CheckoutTimeout):
                 await session.block_checkout()
         assert trio.current_time() == pytest.approx(5)
+
+
+@pytest.mark.parametrize("by", ["block_checkout", "worker"])
+async def test_the_timeout_of_the_pool(by: str, autojump_clock: trio.testing.MockClock) -> None:
+    """The option `checkout_timeout` holds where a call names no timeout, or None."""
+
+    async def seconds(*timeout: float | None) -> float:
+        began = trio.current_time()
+        with pytest.raises(whitepool.CheckoutTimeout):
+            if by == "worker":
+                await session.worker(*timeout).__aenter__()
+            else:
+                await session.block_checkout(*timeout)
+        return trio.current_time() - began
+
+    async with pool(checkout_timeout=2) as session, session.worker(), session.worker():
+        assert await seconds() == pytest.approx(2)
+        assert await seconds(None) == pytest.approx(2)
+        assert await seconds(3) == pytest.approx(3)
+        assert await seconds(0) == 0
+
+
+async def test_a_pool_may_have_no_timeout(autojump_clock: trio.testing.MockClock) -> None:
+    """With `math.inf` a checkout waits until it is served."""
+    async with pool(pool_size=1, checkout_timeout=math.inf) as session:
+        resource = await session.block_checkout()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use, session)
+            await trio.sleep(1e6)
+            assert session.statistics().waiting == 1
+            session.checkin(resource)
 
 
 async def test_the_shortest_timeout_there_is(autojump_clock: trio.testing.MockClock) -> None:
@@ -831,3 +862,83 @@ async def test_the_longest_wait(autojump_clock: trio.testing.MockClock) -> None:
         assert session.statistics().longest_wait == pytest.approx(3)
         session.checkin(held)
         assert session.statistics().longest_wait == pytest.approx(1)
+
+
+async def test_the_longest_use(autojump_clock: trio.testing.MockClock) -> None:
+    """For how long the client has its worker that has had one the longest; 0 where none has."""
+    async with pool(pool_size=2) as session:
+        await trio.sleep(5)
+        assert session.statistics().longest_use == 0
+        first = await session.block_checkout()
+        await trio.sleep(2)
+        second = await session.block_checkout()
+        await trio.sleep(1)
+        assert session.statistics().longest_use == pytest.approx(3)
+        session.checkin(first)
+        assert session.statistics().longest_use == pytest.approx(1)
+        session.checkin(second)
+        assert session.statistics().longest_use == 0
+
+
+async def test_what_a_worker_was_used_for_counts_from_its_own_checkout(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Also where it only changes hands."""
+    async with pool(pool_size=1) as session, trio.open_nursery() as nursery:
+        held = await session.block_checkout()
+
+        async def hold() -> None:
+            async with session.worker():
+                await trio.sleep(4)
+
+        nursery.start_soon(hold)
+        await trio.sleep(3)
+        session.checkin(held)
+        await trio.sleep(1)
+        assert session.statistics().longest_use == pytest.approx(1)
+
+
+async def test_what_was_waited_in_all(autojump_clock: trio.testing.MockClock) -> None:
+    """How many checkouts had to wait, and for how many seconds. Those that got nothing don't count."""
+    async with pool(pool_size=1) as session:
+        await use(session)
+        assert (session.statistics().waited, session.statistics().wait_time) == (0, 0)
+        held = await session.block_checkout()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use, session, math.inf)
+            await trio.sleep(2)
+            nursery.start_soon(use, session, 10)
+            with pytest.raises(whitepool.CheckoutTimeout):
+                await session.block_checkout(0.5)
+            await trio.sleep(0.5)
+            assert session.statistics().waited == 0
+            session.checkin(held)
+        now = session.statistics()
+        assert now.waited == 2
+        assert now.wait_time == pytest.approx(3 + 1)
+        assert now.checkouts == 4
+
+
+async def test_a_checkout_that_starts_a_worker_waits(autojump_clock: trio.testing.MockClock) -> None:
+    """For that start."""
+    shop = Workshop()
+    shop.before_open = lambda _: trio.sleep(1)
+    async with pool(shop, lazy=True) as session:
+        await use(session)
+        session.checkin(await session.nonblock_checkout())
+        assert (session.statistics().waited, session.statistics().wait_time) == (1, 1)
+
+
+async def test_the_last_error(autojump_clock: trio.testing.MockClock) -> None:
+    """Why no worker starts, while that is so."""
+    shop = Workshop()
+    async with pool(shop, max_overflow=1) as session:
+        assert session.statistics().last_error is None
+        shop.before_open = raising(OSError("connection refused"))
+        async with session.worker(), session.worker():
+            with pytest.raises(whitepool.CheckoutTimeout):
+                await session.block_checkout(1)
+        assert session.statistics().last_error == "OSError: connection refused"
+        shop.before_open = nothing
+        async with session.worker(), session.worker(), session.worker():
+            assert session.statistics().last_error is None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Tool, Workshop
+from workshop import Manager, Tool, Workshop, hang, nothing, open_checked_pool, raising
 
 import whitepool
 
@@ -184,3 +184,199 @@ async def test_a_block_is_entered_once() -> None:
         async with block:
             assert session.statistics().in_use == 1
         assert session.statistics().in_use == 0
+
+
+# -- When opening the pool returns ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("min_ready", "seconds"), [(None, 3), (3, 3), (2, 2), (1, 1), (0, 0)])
+async def test_opening_returns_when_enough_are_ready(
+    min_ready: int | None, seconds: float, autojump_clock: MockClock
+) -> None:
+    """The rest follows without a client."""
+    shop = Workshop()
+    shop.before_open = lambda _: trio.sleep(1)
+    async with open_checked_pool(
+        shop.make, pool_size=3, max_starting=1, min_ready=min_ready
+    ) as session:
+        assert trio.current_time() == seconds
+        assert session.statistics().idle == seconds
+        await trio.sleep(4)
+        assert session.statistics().idle == 3
+        assert shop.attempts == 3
+
+
+async def test_a_pool_opens_while_its_server_is_away(autojump_clock: MockClock) -> None:
+    """With `min_ready=0`. It fills when the server comes, and says until then that it is down."""
+    shop = Workshop()
+    shop.before_open = raising(OSError("connection refused"))
+    async with open_checked_pool(shop.make, pool_size=3, min_ready=0, start_timeout=5) as session:
+        assert trio.current_time() == 0
+        await trio.sleep(60)
+        assert session.statistics().state == "down"
+        shop.before_open = nothing
+        await trio.sleep(1)
+        now = session.statistics()
+        assert (now.state, now.idle, now.last_error) == ("ready", 3, None)
+
+
+async def test_a_start_that_is_pointless_ends_no_pool_that_is_open(autojump_clock: MockClock) -> None:
+    """With `min_ready=0` there is no opening any more that it could end."""
+    shop = Workshop()
+    shop.before_open = raising(whitepool.PoolStartError("no such role"))
+    async with open_checked_pool(shop.make, pool_size=1, min_ready=0) as session:
+        await trio.sleep(10)
+        assert session.statistics().state == "down"
+        with pytest.raises(whitepool.PoolUnavailable, match="no such role"):
+            await session.block_checkout(5)
+        shop.before_open = nothing
+        await trio.sleep(1)
+        async with session.worker(1):
+            pass
+
+
+async def test_too_few_are_too_few(autojump_clock: MockClock) -> None:
+    """`min_ready` counts workers that are ready, and the error says how many there were."""
+    shop = Workshop()
+
+    async def only_two(attempt: int) -> None:
+        if attempt > 2:
+            raise OSError("connection refused")
+
+    shop.before_open = only_two
+    with pytest.raises(whitepool.PoolStartError, match=r"2 of 3 workers started within 4 s.*refused"):
+        async with whitepool.open_pool(shop.make, pool_size=5, min_ready=3, start_timeout=4):
+            pass
+    assert trio.current_time() == 4
+    assert not shop.alive
+
+
+# -- A server that has no more connections to give -----------------------------------------------------
+
+
+class Crowded(Manager):
+    """A manager of tools of which a server has only so many."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__(Workshop())
+        self.places = places
+        self.shop.before_open = self._take_a_place
+
+    async def _take_a_place(self, _: int) -> None:
+        await trio.sleep(0.01)
+        if len(self.shop.alive) >= self.places:
+            raise OSError("too many clients")
+
+    def _is_full(self, error: Exception) -> bool:
+        return "too many" in str(error)
+
+
+def full_events(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    return [record.__dict__["event"] for record in caplog.records]
+
+
+async def test_a_full_server_does_not_fail_the_opening(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """The pool is content with what it gets, and grows when there is room; it is told twice in all."""
+    manager = Crowded(places=2)
+    async with open_checked_pool(manager, pool_size=5, start_timeout=5) as session:
+        assert trio.current_time() < 1
+        await wait_all_tasks_blocked()
+        assert session.statistics().idle == 2
+        await trio.sleep(600)
+        assert session.statistics().state == "ready"
+        assert full_events(caplog) == ["server_full"]
+        assert (caplog.records[0].__dict__["open"], caplog.records[0].levelname) == (2, "WARNING")
+        manager.places = 4
+        await trio.sleep(600)
+        assert session.statistics().idle == 4
+        assert full_events(caplog) == ["server_full"]
+        manager.places = 9
+        await trio.sleep(1)
+        assert session.statistics().idle == 5
+        assert full_events(caplog) == ["server_full", "start_recovered"]
+
+
+async def test_a_full_server_without_any_fails_the_opening(autojump_clock: MockClock) -> None:
+    """A pool that has no worker is of no use."""
+    with pytest.raises(whitepool.PoolStartError, match=r"0 of 5 workers.*too many clients"):
+        async with whitepool.open_pool(Crowded(places=0), pool_size=5, start_timeout=5):
+            pass
+
+
+async def test_a_full_server_may_come_to_have_room(autojump_clock: MockClock) -> None:
+    """An opening that waits for the first worker is done when there is one."""
+    manager = Crowded(places=0)
+
+    async def make_room() -> None:
+        await trio.sleep(3)
+        manager.places = 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(make_room)
+        async with open_checked_pool(manager, pool_size=5) as session:
+            assert trio.current_time() < 6
+            assert session.statistics().idle == 1
+
+
+@pytest.mark.parametrize("options", [{"pool_size": 2}, {"pool_size": 2, "lazy": True}])
+async def test_overflow_that_a_full_server_refuses(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """It is told once, however long tasks wait, and once more when it is over."""
+    manager = Crowded(places=2)
+    async with open_checked_pool(manager, max_overflow=3, **options) as session:
+        held = [await session.block_checkout() for _ in range(2)]
+        with pytest.raises(whitepool.CheckoutTimeout, match="too many clients"):
+            await session.block_checkout(60)
+        assert session.statistics().start_failures > 50
+        assert full_events(caplog) == ["server_full"]
+        manager.places = 3
+        held.append(await session.block_checkout(60))
+        await trio.sleep(1)
+        assert full_events(caplog) == ["server_full", "start_recovered"]
+        for resource in held:
+            session.checkin(resource)
+
+
+async def test_another_failure_is_told_although_the_server_was_full(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """What is quiet is only the want of places."""
+    manager = Crowded(places=1)
+    async with open_checked_pool(manager, pool_size=2) as session:
+        await trio.sleep(60)
+        manager.shop.before_open = raising(OSError("connection refused"))
+        await trio.sleep(1)
+        assert full_events(caplog)[:2] == ["server_full", "start_failed"]
+        manager.shop.before_open = nothing
+        await trio.sleep(1)
+        assert full_events(caplog)[-1] == "start_recovered"
+        assert full_events(caplog).count("start_recovered") == 1
+        assert session.statistics().idle == 2
+
+
+async def test_a_full_server_keeps_its_workers(autojump_clock: MockClock) -> None:
+    """None is retired that could not be replaced: another client would take its place."""
+    manager = Crowded(places=2)
+    async with open_checked_pool(manager, pool_size=5, max_lifetime=60) as session:
+        session.retire_all()
+        await trio.sleep(600)
+        assert session.statistics().idle == 2
+        manager.places = 9
+        await trio.sleep(5)
+        assert session.statistics().idle == 5
+        assert not set(manager.shop.tools[:2]) & set(manager.shop.alive)
+
+
+async def test_a_start_that_was_given_up_calls_no_factory() -> None:
+    """The pool had decided on it, and shrank before its task began."""
+    shop = Workshop()
+    async with open_checked_pool(shop.make, pool_size=1) as session:
+        shop.before_open = hang
+        session.resize(9, 1)
+        session._supervisor._start_worker()
+        session.resize(1, 0)
+        await wait_all_tasks_blocked()
+        assert shop.attempts == 1

@@ -161,6 +161,31 @@ async def test_the_longest_wait_is_the_first_waiters(desk: Desk, mock_clock: Moc
     assert desk.queue.longest_wait(trio.current_time()) == 3
 
 
+async def test_what_was_waited_in_all(desk: Desk, mock_clock: MockClock) -> None:
+    """By those that were served, whether they had a timeout or not."""
+    assert (desk.queue.served, desk.queue.wait_time) == (0, 0)
+    await desk.join("a")
+    await let_pass(mock_clock, 2)
+    await desk.join("b", timeout=9)
+    await desk.join("c", timeout=1)
+    await let_pass(mock_clock, 3)
+    assert (desk.queue.served, desk.queue.wait_time) == (0, 0)
+    await desk.serve()
+    assert (desk.queue.served, desk.queue.wait_time) == (1, 5)
+    await desk.serve()
+    assert (desk.queue.served, desk.queue.wait_time) == (2, 8)
+
+
+async def test_those_that_have_a_timeout(desk: Desk, mock_clock: MockClock) -> None:
+    """Each with the time at which it joined; the others wait for ever."""
+    await desk.join("a", timeout=3)
+    await let_pass(mock_clock, 1)
+    await desk.join("b")
+    await desk.join("c", nonblocking=True)
+    await desk.join("d", timeout=5)
+    assert desk.queue.blocking() == [(desk.tasks["a"], 0, 3), (desk.tasks["d"], 1, 5)]
+
+
 # -- Waiters that get nothing --------------------------------------------------------------------------
 
 

@@ -33,7 +33,8 @@ class Roster(Generic[T]):
         self.pool_size = options.pool_size
         self.limit = options.pool_size + options.max_overflow
         """Workers that the pool may have."""
-        self.entries: set[Entry[T]] = set()
+        self.entries: dict[Entry[T], None] = {}
+        """A set in order: the one that was started first comes first."""
         self.idle: deque[Entry[T]] = deque()
         """The idle ones. The right end was in use last."""
         self.probes: dict[Entry[T], float] = {}
@@ -88,7 +89,7 @@ class Roster(Generic[T]):
 
     def add(self, entry: Entry[T]) -> None:
         """Add a worker that is about to be opened."""
-        self.entries.add(entry)
+        self.entries[entry] = None
         self._in_state[State.OPENING] += 1
 
     def next_idle(self) -> Entry[T]:
@@ -156,7 +157,7 @@ class Roster(Generic[T]):
 
     def remove(self, entry: Entry[T]) -> None:
         """Remove a worker that has been closed. Its state must be CLOSING."""
-        self.entries.remove(entry)
+        del self.entries[entry]
         self._in_state[entry.state] -= 1
 
     # -- The books -----------------------------------------------------------------------------------

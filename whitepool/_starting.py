@@ -128,11 +128,10 @@ class Starter(Generic[T]):
 
         The next start has to wait until `backoff.retry_at`, and the caller has to wake the supervisor
         then. A `PoolStartError` before the pool is open is final. If the peer `is_full`, the pool is
-        content with what it has, and goes on trying.
+        content with the workers that it has, and goes on trying.
         """
         self._counters["start_failures"] += 1
         self._back_off(error, begun, now)
-        is_full = is_full and self._roster.open > 0
         if not is_full:
             self._log.throttled_warning("start_failed", error=describe(error))
         elif not self._is_full:
@@ -169,7 +168,8 @@ class Starter(Generic[T]):
         """Set `opened` if enough workers are open, and ready to be used."""
         if self._roster.open - self._roster.servicing >= self._min_ready:
             self._set_opened()
-        if self._is_full and self._roster.lasting >= self.target:
+        # The size is not all that may be wanted: it may be the overflow that the peer refuses.
+        if self._is_full and not self.is_failing and self._roster.lasting >= self.target:
             self._is_full = False
             self._log.info("start_recovered", failures=self.backoff.failures)
 

@@ -17,7 +17,7 @@ from ._hangup import HangupWatch
 from ._holding import Holding
 from ._log import PoolLog
 from ._maintenance import Maintenance
-from ._manager import WorkerManager
+from ._manager import WorkerManager, manager_of
 from ._options import Options
 from ._roster import IN_USE, Roster
 from ._standing import Standing
@@ -116,7 +116,7 @@ class Supervisor(Generic[T]):
         elif self.draining:
             self.evict(entry, "shutdown")
         # 4. It is surplus, and does not linger.
-        elif self._no_lingering and self.roster.lasting > self.roster.pool_size:
+        elif self.options.overflow_ttl == 0 and self.roster.lasting > self.roster.pool_size:
             self.evict(entry, "overflow")
         # 5. It becomes idle.
         elif entry.state is IN_USE:
@@ -306,9 +306,14 @@ class Supervisor(Generic[T]):
         fewer = roster.pool_size - pool_size
         roster.pool_size, roster.limit = pool_size, pool_size + max_overflow
         self._log.info("pool_resized", pool_size=pool_size, max_overflow=max_overflow)
-        surplus = max(min(fewer, roster.lasting - pool_size), roster.too_many)
-        for entry in list(roster.idle)[: max(0, surplus)]:
-            self.evict(entry, "overflow")
+        # Starts go before open workers, and those that are to be replaced before the others.
+        self._give_up_starts()
+        surplus = min(fewer, roster.lasting - pool_size)
+        for entry in sorted(roster.idle, key=lambda entry: not entry.is_expiring):
+            is_surplus = surplus > 0 and not entry.is_expiring
+            if is_surplus or roster.too_many > 0:
+                surplus -= is_surplus
+                self.evict(entry, "overflow")
         self._no_lingering = self._no_lingering or roster.too_many > 0
         self.wake()
 
@@ -327,8 +332,7 @@ class Supervisor(Generic[T]):
 
     def on_open_failed(self, entry: Entry[T], error: Exception, begun: float) -> None:
         self.roster.move(entry, State.CLOSING)
-        is_full = self._manager._is_full(error)
-        self.starter.on_failed(error, begun, self.now(), is_full=is_full)
+        self.starter.on_failed(error, begun, self.now(), is_full=self._is_full(error))
         self._wake_for_retry()
         if self.starter.final_error is not None:
             self.drain()
@@ -342,6 +346,12 @@ class Supervisor(Generic[T]):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {describe(error)}")
             refusal.__cause__ = error
             self.queue.fail(task, refusal)
+
+    def _is_full(self, error: Exception) -> bool:
+        """Say whether a start failed because the peer gives the pool no more than it has."""
+        # If there is a bare factory, the managers of its workers know.
+        workers = [entry.worker for entry in self.roster.entries if entry.is_open]
+        return any(manager_of(worker, self._manager)._is_full(error) for worker in workers)
 
     def on_ready(self, entry: Entry[T]) -> None:
         # The worker task only says so. What becomes of the worker is decided in the supervisor's task.
@@ -477,7 +487,7 @@ class Supervisor(Generic[T]):
             surplus = max(surplus, roster.opening - len(self.queue.waiters))
         if surplus > 0:
             opening = [entry for entry in roster.entries if entry.state is State.OPENING]
-            for entry in opening[:surplus]:
+            for entry in opening[-surplus:]:  # those that began last
                 self.evict(entry, "shutdown" if self.draining else "overflow")
         elif self._no_lingering:
             self._no_lingering = self.options.overflow_ttl == 0  # the pool has shrunk
@@ -492,7 +502,7 @@ class Supervisor(Generic[T]):
         if not queue.waiters or not (roster.probes or roster.idle):
             return 0
         now = self.now()
-        prompt = sum(began > now - PROMPT_ANSWER for began in roster.probes.values())
+        prompt = sum(began + PROMPT_ANSWER > now for began in roster.probes.values())
         while roster.idle and prompt < len(queue.waiters):
             entry = roster.next_idle()
             if self.evict_if_dead(entry):

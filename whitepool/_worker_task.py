@@ -119,6 +119,7 @@ class WorkerTask(Generic[T]):
         on_discarded.set(partial(owner.on_discarded, entry))
         try:
             with self._life:
+                await checkpoint_if_cancelled()  # it may have been given up already
                 lifespan = self._manager.lifespan()
                 if not hasattr(lifespan, "__aenter__"):
                     raise PoolStartError(

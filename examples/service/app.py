@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,21 +39,39 @@ log = logging.getLogger(__package__)
 
 @asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Session]]:
-    """Open the pool before the first request is accepted, and close it after the last is answered."""
+    """Open the pool before the first request is accepted, and close it after the last is answered.
+
+    With `min_ready=0` the service starts although the database is away, and says that it is not ready.
+    """
     app.state.draining = False
     async with whitepool.postgres.open_pool(
         os.environ["DATABASE_URL"],
         pool_size=POOL_SIZE,
         max_overflow=POOL_SIZE,
+        min_ready=0,
         max_waiting=20 * POOL_SIZE,
         shutdown_timeout=1,  # by then no request is left that could hold a connection
+        configure=table_maker(),
         autocommit=True,
         row_factory=dict_row,
         fallback_application_name="accounts",
     ) as session:
-        async with session.worker() as connection:
-            await connection.execute(SCHEMA)
         yield {"session": session}  # as request.state.session
+
+
+def table_maker() -> Callable[[Connection], Awaitable[None]]:
+    """Make a function that creates the tables with the first connection, before a request gets any."""
+    lock = trio.Lock()
+    is_done = False
+
+    async def make_tables(connection: Connection) -> None:
+        nonlocal is_done
+        async with lock:
+            if not is_done:
+                await connection.execute(SCHEMA)
+                is_done = True
+
+    return make_tables
 
 
 async def open_account(request: Request) -> Response:
@@ -143,7 +161,10 @@ async def read(request: Request, **fields: type) -> list[Any]:
 
 
 async def unavailable(request: Request, error: Exception) -> Response:
-    """Too much is asked, or the database is away. Not all clients should come back at the same time."""
+    """Too much is asked, or the database is away. Not all clients should come back at the same time.
+
+    Once the database has been away for CHECKOUT_TIMEOUT, the pool says so at once (`PoolUnavailable`).
+    """
     log.warning("503: %r", error)
     return JSONResponse({"error": "try again"}, 503, {"Retry-After": str(random.randint(1, 3))})
 
@@ -162,7 +183,7 @@ app = Starlette(
         Route("/readyz", readyz),
     ],
     exception_handlers={
-        # CheckoutTimeout and PoolOverloaded are TooSlowErrors, as what trio.fail_after raises.
+        # A CheckoutTimeout, of whichever kind, is a TooSlowError, as what trio.fail_after raises.
         trio.TooSlowError: unavailable,
         psycopg.OperationalError: unavailable,
         psycopg.errors.ReadOnlySqlTransaction: unavailable,

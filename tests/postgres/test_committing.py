@@ -152,6 +152,14 @@ async def test_it_waits_as_long_as_it_may(session: Session) -> None:
                 raise AssertionError("there is only one")
 
 
+async def test_it_waits_as_long_as_the_pool_says(dsn: str) -> None:
+    """Where it names no timeout, `checkout_timeout` holds."""
+    async with a_pool(dsn, checkout_timeout=0.01) as session, session.connection():
+        with trio.fail_after(3), pytest.raises(whitepool.CheckoutTimeout, match=r"within 0\.01 s"):
+            async with session.connection():
+                raise AssertionError("there is only one")
+
+
 @pytest.mark.parametrize("how", ["instrumented", "service"])
 async def test_every_session_of_the_pool_has_it(dsn: str, notes: Notes, how: str) -> None:
     """Also one that is measured, and one of a service."""

@@ -47,6 +47,14 @@ _FINAL = re.compile(
     re.DOTALL,
 )
 
+# Refusals of a server, or of a PgBouncer, that has as many connections as it may have: of all clients,
+# or of this role or this database. They have no SQLSTATE here either.
+_FULL = re.compile(
+    r"sorry, too many clients already|remaining connection slots are reserved"
+    r"|too many connections for (role|database)"
+    r"|no more connections allowed|client connections exceeded"
+)
+
 
 def validate(conninfo: str, keywords: dict[str, Any]) -> None:
     """Raise `ValueError` or `TypeError` for what `connect` would refuse before it connects.
@@ -199,6 +207,15 @@ def is_final(error: psycopg.OperationalError) -> bool:
             host = line.partition(", hostaddr: ")[0]
             hosts[host] = hosts.get(host, False) or bool(_FINAL.search(line))
     return all(hosts.values()) if hosts else bool(_FINAL.search(str(error)))
+
+
+def is_full(error: Exception) -> bool:
+    """Return whether a host refused because it has as many connections as it may have.
+
+    `error` is one that `connect_to_first` raised. Of several hosts, one is enough: without its limit it
+    would have accepted, whatever the others had against it, as a standby has that is no primary.
+    """
+    return isinstance(error, psycopg.OperationalError) and bool(_FULL.search(str(error)))
 
 
 def _has_names_to_resolve(params: ConnDict) -> bool:

@@ -20,7 +20,7 @@ from .._checks import check_call
 from .._errors import PoolStartError
 from .._manager import WorkerManager, created_by, on_discarded
 from ._cancelling import closing_if_cancelled
-from ._connecting import is_final, validate
+from ._connecting import is_final, is_full, validate
 from ._connection import TrioConnection
 from ._last_words import last_words, note_last_words, why_read_only
 from ._session import PostgresSession
@@ -150,6 +150,10 @@ class ConnectionManager(WorkerManager[Connection]):
             if hook == "on_create":
                 raise PoolStartError(str(error)) from error
             raise
+
+    def _is_full(self, error: Exception) -> bool:
+        """Return whether the server, or a PgBouncer, takes no more connections."""
+        return is_full(error)
 
     async def check(self, worker: Connection) -> None:
         """Send an empty query, which starts no transaction, and wait for the answer.
