@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from workshop import Manager, Tool, Workshop, hang, open_checked_pool, use
 
 import whitepool
-from whitepool._supervisor import PROMPT_ANSWER
+from whitepool._checking import PROMPT_ANSWER
 
 pytestmark = pytest.mark.usefixtures("no_hanging")
 

@@ -301,6 +301,7 @@ async def test_the_line_that_logs_for_structlog(autojump_clock: MockClock) -> No
     await provoke_everything()
     assert {entry["filename"] for entry in capture.entries} == {
         "_holding.py",
+        "_operating.py",
         "_starting.py",
         "_supervisor.py",
     }

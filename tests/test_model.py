@@ -27,7 +27,7 @@ from timing import Hangs, alarm
 from workshop import Manager, Tool, Workshop, check_books, tool_of
 
 import whitepool
-from whitepool._supervisor import PROMPT_ANSWER
+from whitepool._checking import PROMPT_ANSWER
 
 R = TypeVar("R")
 

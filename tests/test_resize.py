@@ -285,7 +285,7 @@ async def test_shrinking_is_no_failure(caplog: pytest.LogCaptureFixture) -> None
         session.checkin(held)
         await wait_all_tasks_blocked()
         assert session.statistics().lost == session.statistics().destroyed == 0
-    (record,) = caplog.records
+    _, record, _ = caplog.records
     assert record.__dict__["event"] == "pool_resized"
     assert (record.__dict__["pool_size"], record.__dict__["max_overflow"]) == (1, 0)
     assert record.levelname == "INFO"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from contextlib import suppress
 from contextvars import copy_context
 from typing import Generic, TypeVar
@@ -11,6 +10,7 @@ from typing import Generic, TypeVar
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._checking import Checker
 from ._entry import REASONS, Departure, Entry, Reason, State
 from ._errors import PoolClosed, PoolStartError, describe
 from ._hangup import HangupWatch
@@ -18,6 +18,7 @@ from ._holding import Holding
 from ._log import PoolLog
 from ._maintenance import Maintenance
 from ._manager import WorkerManager, manager_of
+from ._operating import Operator
 from ._options import Options
 from ._roster import IN_USE, Roster
 from ._standing import Standing
@@ -31,9 +32,6 @@ T = TypeVar("T")
 ALIVE_BYPASS_WINDOW = 0.001
 """Seconds. A worker that has been idle for less than this is handed out without being revalidated (the
 name and the idea are HikariCP's), and a checkin looks for hang-ups only if the last look is so old."""
-
-PROMPT_ANSWER = 0.1
-"""Seconds. A task that a probed worker would serve gets another worker if the probe takes longer."""
 
 
 class Supervisor(Generic[T]):
@@ -87,11 +85,20 @@ class Supervisor(Generic[T]):
             replace=self.wake,
             report_held=self.holding.look,
         )
+        self._checker = Checker(
+            self.roster, self.queue, evict_if_dead=self.evict_if_dead, wake=self.wake
+        )
+        self._operator = Operator(
+            self.roster,
+            self._log,
+            evict=self.evict,
+            give_up_starts=self._give_up_starts,
+            replace=self.wake,
+        )
         # The channel of ready workers. It has no bound, because at most one message for each worker,
         # and one None, are in it at a time.
         self._send_ready, self._receive_ready = trio.open_memory_channel[Entry[T] | None](math.inf)
         self._is_woken = False  # whether there is a None in it
-        self._watches_probes = False  # whether `_wake_for_slow_probes` runs
         self._nursery: trio.Nursery
 
     # -- Workers change hands ------------------------------------------------------------------------
@@ -270,52 +277,15 @@ class Supervisor(Generic[T]):
         return self.starter.is_hopeless(now, timeout) and self.starter.is_pausing(now)
 
     def retire_all(self, over: float) -> None:
-        """Have each worker that is open now replaced, in the course of `over` seconds."""
-        if self.draining:
-            return
-        entries = [entry for entry in self.roster.entries if entry.is_open]
-        self._log.info("all_retired", workers=len(entries), over=over)
-        if over and entries:
-            self._nursery.start_soon(self._retire_gradually, entries, over / len(entries))
-        else:
-            self._retire(entries)
-
-    @enable_ki_protection
-    async def _retire_gradually(self, entries: list[Entry[T]], pause: float) -> None:
-        random.shuffle(entries)
-        for entry in entries:
-            self._retire([entry])
-            await trio.sleep(pause)
-
-    def _retire(self, entries: list[Entry[T]]) -> None:
-        """Mark workers, unless they leave anyway. They go as those do that are too old."""
-        for entry in entries:
-            if entry.is_open and entry.evict_reason is None:
-                self.roster.mark(entry, "retire_all")
-        self.wake()
+        """See `Operator`. Does nothing while the pool shuts down."""
+        if not self.draining:
+            self._operator.retire_all(over, self._nursery)
 
     def resize(self, pool_size: int, max_overflow: int) -> None:
-        """Change the bounds of the pool.
-
-        Idle workers that this makes surplus leave at once. If there are still more than there may be,
-        the next that come back leave, too.
-        """
-        if self.draining:
-            return
-        roster = self.roster
-        fewer = roster.pool_size - pool_size
-        roster.pool_size, roster.limit = pool_size, pool_size + max_overflow
-        self._log.info("pool_resized", pool_size=pool_size, max_overflow=max_overflow)
-        # Starts go before open workers, and those that are to be replaced before the others.
-        self._give_up_starts()
-        surplus = min(fewer, roster.lasting - pool_size)
-        for entry in sorted(roster.idle, key=lambda entry: not entry.is_expiring):
-            is_surplus = surplus > 0 and not entry.is_expiring
-            if is_surplus or roster.too_many > 0:
-                surplus -= is_surplus
-                self.evict(entry, "overflow")
-        self._no_lingering = self._no_lingering or roster.too_many > 0
-        self.wake()
+        """See `Operator`. Does nothing while the pool shuts down."""
+        if not self.draining:
+            self._operator.resize(pool_size, max_overflow)
+            self._no_lingering = self._no_lingering or self.roster.too_many > 0
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
@@ -351,7 +321,8 @@ class Supervisor(Generic[T]):
         """Say whether a start failed because the peer gives the pool no more than it has."""
         # If there is a bare factory, the managers of its workers know.
         workers = [entry.worker for entry in self.roster.entries if entry.is_open]
-        return any(manager_of(worker, self._manager)._is_full(error) for worker in workers)
+        managers = {manager_of(worker, self._manager) for worker in workers}
+        return any(manager._is_full(error) for manager in managers)
 
     def on_ready(self, entry: Entry[T]) -> None:
         # The worker task only says so. What becomes of the worker is decided in the supervisor's task.
@@ -433,7 +404,7 @@ class Supervisor(Generic[T]):
             self._retire_expiring()
             self._give_up_starts()
             self.starter.start_missing(
-                unprovided=len(self.queue.waiters) - self._probe_for_waiters(),
+                unprovided=len(self.queue.waiters) - self._checker.probe_for_waiters(self._nursery),
                 draining=self.draining,
                 now=self.now(),
             )
@@ -491,45 +462,6 @@ class Supervisor(Generic[T]):
                 self.evict(entry, "shutdown" if self.draining else "overflow")
         elif self._no_lingering:
             self._no_lingering = self.options.overflow_ttl == 0  # the pool has shrunk
-
-    def _probe_for_waiters(self) -> int:
-        """Probe idle workers for tasks that wait, and return how many waiters a probe may serve soon.
-
-        Tasks wait while workers are idle only if each has to be probed first. A probe that does not
-        answer at once delays no task: it counts no more, and another worker is probed, or started.
-        """
-        roster, queue = self.roster, self.queue
-        if not queue.waiters or not (roster.probes or roster.idle):
-            return 0
-        now = self.now()
-        prompt = sum(began + PROMPT_ANSWER > now for began in roster.probes.values())
-        while roster.idle and prompt < len(queue.waiters):
-            entry = roster.next_idle()
-            if self.evict_if_dead(entry):
-                continue
-            if entry.can_be_checked:
-                roster.begin_probe(entry, now)
-                entry.task.probe()
-                prompt += 1
-            else:
-                queue.serve(roster.take_idle(now), now)
-        if prompt and not self._watches_probes:
-            self._watches_probes = True
-            self._nursery.start_soon(self._wake_for_slow_probes)
-        return prompt
-
-    @enable_ki_protection
-    async def _wake_for_slow_probes(self) -> None:
-        """Have the supervisor look again at each probe that has not answered promptly."""
-        while self.queue.waiters:
-            now = self.now()
-            late = [began + PROMPT_ANSWER for began in self.roster.probes.values()]
-            due = min((time for time in late if time > now), default=None)
-            if due is None:
-                break
-            await trio.sleep_until(due)
-            self.wake()
-        self._watches_probes = False
 
     def _retire_expiring(self) -> None:
         """Evict the idle workers that are to be replaced, as far as others are there in their place."""
