@@ -295,7 +295,10 @@ async def test_a_record_names_the_line_of_the_pool(
 
 async def test_the_line_that_logs_for_structlog(autojump_clock: MockClock) -> None:
     """structlog names it, where it is told to look beyond the module for logs."""
-    adder = structlog.processors.CallsiteParameterAdder(additional_ignores=["whitepool._log"])
+    # Without a choice of parameters it fails before Python 3.11.
+    adder = structlog.processors.CallsiteParameterAdder(
+        {structlog.processors.CallsiteParameter.FILENAME}, additional_ignores=["whitepool._log"]
+    )
     capture = LogCapture()
     structlog.configure(processors=[adder, capture])
     await provoke_everything()
