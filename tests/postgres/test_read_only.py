@@ -30,40 +30,45 @@ Session = PostgresSession[TrioConnection[Any]]
 Write = Callable[[Session], Awaitable[None]]
 
 
+def conninfo_of(first: EmbeddedPostgres, second: EmbeddedPostgres, want: str | None) -> str:
+    return make_conninfo(
+        "user=postgres dbname=postgres host=127.0.0.1,127.0.0.1",
+        port=f"{first.port},{second.port}",
+        target_session_attrs=want,
+    )
+
+
 @dataclass
 class Servers:
     """Two servers that take writes, until the first of them turns read-only."""
 
     first: EmbeddedPostgres
     second: EmbeddedPostgres
+    onlooker: Onlooker
+    """Of the first. Its session is the oldest, and the server tells the oldest last of a change."""
 
     def conninfo(self, want: str | None = "read-write") -> str:
-        return make_conninfo(
-            "user=postgres dbname=postgres host=127.0.0.1,127.0.0.1",
-            port=f"{self.first.port},{self.second.port}",
-            target_session_attrs=want,
-        )
+        return conninfo_of(self.first, self.second, want)
 
     def turn(self, setting: str) -> None:
         """Have the first take no writes, or take them again. Its sessions live on."""
-        onlooker = Onlooker(self.first.dsn)
-        onlooker.do(f"ALTER SYSTEM SET default_transaction_read_only = {setting}")
-        onlooker.do("SELECT pg_reload_conf()")
-        # Each session learns it with its next query.
-        while onlooker.ask("SHOW default_transaction_read_only") != setting:
+        self.onlooker.do(f"ALTER SYSTEM SET default_transaction_read_only = {setting}")
+        self.onlooker.do("SELECT pg_reload_conf()")
+        # Once this session knows, each of the others learns it with its next query.
+        while self.onlooker.ask("SHOW default_transaction_read_only") != setting:
             pass
-        onlooker.close()
 
 
 @pytest.fixture(scope="module")
 def both() -> Iterator[Servers]:
     with ExitStack() as stack:
-        servers = Servers(*[stack.enter_context(EmbeddedPostgres()) for _ in range(2)])
-        for server in (servers.first, servers.second):
-            onlooker = Onlooker(server.dsn)
+        first, second = [stack.enter_context(EmbeddedPostgres()) for _ in range(2)]
+        onlookers = [Onlooker(server.dsn) for server in (first, second)]
+        for onlooker in onlookers:
             onlooker.do("CREATE TABLE notes (note text)")
+        yield Servers(first, second, onlookers[0])
+        for onlooker in onlookers:
             onlooker.close()
-        yield servers
 
 
 @pytest.fixture
@@ -256,7 +261,7 @@ async def test_a_client_that_makes_its_session_read_only(dsn: str) -> None:
 
 
 async def write_nothing(session: Session) -> None:
-    """Make a table that nobody sees, for which a transaction must be able to write."""
+    """Make a table that no other session sees, for which a transaction must be able to write."""
     async with session.worker() as connection:
         await connection.execute("CREATE TABLE never (i int); DROP TABLE never")
 
@@ -299,8 +304,8 @@ async def test_a_switchover() -> None:
         await replicate_synchronously(onlooker)
         onlooker.do("INSERT INTO notes VALUES ('replicated')")
         onlooker.close()
-        servers = Servers(primary, standby)
-        async with open_pool(servers.conninfo("primary"), pool_size=5, max_overflow=0) as session:
+        conninfo = conninfo_of(primary, standby, "primary")
+        async with open_pool(conninfo, pool_size=5, max_overflow=0) as session:
             assert await ports(session) == {primary.port}
             await trio.to_thread.run_sync(primary.stop)
             (primary._data / "standby.signal").touch()
