@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest.mock import AsyncMock, MagicMock, Mock
 
@@ -145,3 +146,25 @@ async def test_a_mock_is_a_worker_too(kind: type[Mock]) -> None:
         session.checkin(resource)
         assert session.statistics().lost == 0
     worker.aclose.assert_called()
+
+
+async def test_a_manager_needs_no_hash(autojump_clock: trio.testing.MockClock) -> None:
+    """A dataclass has none; a start that fails while a worker is open asks the managers why."""
+
+    @dataclass
+    class Settings(whitepool.WorkerManager[object]):
+        is_away: bool = False
+
+        async def create(self) -> object:
+            if self.is_away:
+                raise OSError("the server is away")
+            return object()
+
+    manager = Settings()
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=1) as session:
+        async with session.worker():
+            manager.is_away = True
+            with pytest.raises(whitepool.CheckoutTimeout, match="the server is away"):
+                await session.block_checkout(1)
+        async with session.worker(0):
+            pass

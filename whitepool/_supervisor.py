@@ -321,8 +321,7 @@ class Supervisor(Generic[T]):
         """Say whether a start failed because the peer gives the pool no more than it has."""
         # If there is a bare factory, the managers of its workers know.
         workers = [entry.worker for entry in self.roster.entries if entry.is_open]
-        managers = {manager_of(worker, self._manager) for worker in workers}
-        return any(manager._is_full(error) for manager in managers)
+        return any(manager_of(worker, self._manager)._is_full(error) for worker in workers)
 
     def on_ready(self, entry: Entry[T]) -> None:
         # The worker task only says so. What becomes of the worker is decided in the supervisor's task.
