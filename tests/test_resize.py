@@ -400,3 +400,27 @@ async def test_what_depends_on_the_bounds(autojump_clock: MockClock) -> None:
         session.checkin(held.pop())
         async with session.worker(0):
             assert session.statistics().state == "full"
+
+
+async def test_a_nonblocking_checkout_does_not_come_to_wait_for_a_client(
+    autojump_clock: MockClock,
+) -> None:
+    """The worker that was being opened for it is given up, and the only other one is in use."""
+    shop = Workshop()
+    async with open_checked_pool(shop.make, pool_size=1, max_overflow=2) as session:
+        shop.before_open = hang
+        held = await session.block_checkout()
+
+        async def client() -> None:
+            with pytest.raises(whitepool.PoolFull, match="was resized"):
+                await session.nonblock_checkout()
+
+        with trio.fail_after(1):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(client)
+                await wait_all_tasks_blocked()
+                session.resize(1, 1)
+                await wait_all_tasks_blocked()
+                assert session.statistics().waiting == 1  # there is room for it still
+                session.resize(1, 0)
+        session.checkin(held)

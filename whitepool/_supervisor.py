@@ -12,7 +12,7 @@ from trio.lowlevel import enable_ki_protection
 
 from ._checking import Checker
 from ._entry import REASONS, Departure, Entry, Reason, State
-from ._errors import PoolClosed, PoolStartError, describe
+from ._errors import PoolClosed, PoolFull, PoolStartError, describe
 from ._hangup import HangupWatch
 from ._holding import Holding
 from ._log import PoolLog
@@ -286,6 +286,12 @@ class Supervisor(Generic[T]):
         if not self.draining:
             self._operator.resize(pool_size, max_overflow)
             self._no_lingering = self._no_lingering or self.roster.too_many > 0
+            # What a nonblocking checkout waited for may have been given up: it must not wait for a
+            # client now.
+            for task in self.queue.nonblocking_beyond(self.standing.obtainable()):
+                self.queue.fail(
+                    task, PoolFull(f"{self.name} was resized: clients take up every worker")
+                )
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
