@@ -231,8 +231,29 @@ async def test_a_full_pool_keeps_what_it_could_not_replace(autojump_clock: MockC
         for resource in held:
             session.checkin(resource)
         session.retire_all()
-        await trio.sleep(60)
+        await trio.sleep(4)
         assert session.statistics().idle == 3
+
+
+async def test_an_old_failure_keeps_no_worker_for_ever(autojump_clock: MockClock) -> None:
+    """A pool that was made smaller starts none, and could not learn that the server has room again."""
+    shop = Workshop()
+    async with open_checked_pool(shop.make, pool_size=2, max_overflow=0) as session:
+        old = set(shop.tools)
+        shop.before_open = raising(OSError("too many clients"))
+        session.resize(3)
+        await trio.sleep(1)
+        session.resize(2)
+        await trio.sleep(60)
+        session.retire_all()
+        await trio.sleep(60)
+        # One has made room, and its replacement is refused: then no other one goes.
+        assert session.statistics().idle == 1
+        shop.before_open = nothing
+        await trio.sleep(10)
+        assert session.statistics().idle == len(shop.alive) == 2
+        assert not old & set(shop.alive)
+        assert session.statistics().last_error is None
 
 
 @pytest.mark.parametrize("over", [0, 30])

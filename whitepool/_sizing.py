@@ -71,7 +71,7 @@ def may_retire(
       open_now: open workers.
       total: all workers, those included that are being opened or closed.
       limit: workers that the pool may have.
-      is_failing: the last start failed.
+      is_failing: the last start failed, a moment ago.
     """
     # 1. Its replacement is there, and no task needs the worker itself.
     if lasting >= target and not waiting:

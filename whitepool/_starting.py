@@ -100,9 +100,12 @@ class Starter(Generic[T]):
         for _ in range(missing):
             self._start_one()
 
-    def may_retire(self, *, waiting: int) -> bool:
+    def may_retire(self, *, waiting: int, now: float) -> bool:
         """Say whether a worker that is to be replaced may go now, while so many tasks wait."""
         roster = self._roster
+        # A pool that was made smaller than the peer allows starts none, so it would not learn that the
+        # peer takes connections again: an old failure keeps no worker for ever.
+        is_recent = now <= self.backoff.last_failure + FAILURE_RESET_AFTER
         return sizing.may_retire(
             lasting=roster.lasting,
             target=self.target,
@@ -110,7 +113,7 @@ class Starter(Generic[T]):
             open_now=roster.open,
             total=len(roster.entries),
             limit=roster.limit,
-            is_failing=self.is_failing,
+            is_failing=self.is_failing and is_recent,
         )
 
     def on_opened(self, entry: Entry[T]) -> None:

@@ -255,7 +255,7 @@ class Supervisor(Generic[T]):
         assert entry.evict_reason is not None
         _, departure = REASONS[entry.evict_reason]
         if departure is Departure.WHEN_REPLACED and not self.starter.may_retire(
-            waiting=len(self.queue.waiters)
+            waiting=len(self.queue.waiters), now=self.now()
         ):
             return False
         self.evict(entry, entry.evict_reason)  # does nothing if it was evicted while it was in use
