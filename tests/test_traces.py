@@ -420,6 +420,27 @@ async def test_wrappers_of_other_libraries(dsn: str, journal: Journal, instrumen
     assert journal.names() == ["SELECT"]
 
 
+async def test_a_wrapper_that_fails_leaves_no_connection_open(dsn: str) -> None:
+    """Nor does one that is cancelled, as its task does not get the connection."""
+    opened: list[Any] = []
+
+    async def wrapper(
+        connect: Callable[..., Awaitable[object]], _: type, args: Any, keywords: dict[str, Any]
+    ) -> object:
+        opened.append(await connect(*args, **keywords))
+        scope.cancel()
+        await trio.sleep_forever()
+        raise AssertionError
+
+    wrapt.wrap_function_wrapper(psycopg.AsyncConnection, "connect", wrapper)
+    try:
+        with trio.CancelScope() as scope:
+            await connect(dsn)
+    finally:
+        psycopg.AsyncConnection.connect = vars(psycopg.AsyncConnection)["connect"].__wrapped__  # type: ignore[method-assign]
+    assert opened[0].closed
+
+
 # What the pool itself does
 
 

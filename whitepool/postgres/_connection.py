@@ -142,7 +142,11 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         if context:
             connection._adapters = AdaptersMap(context.adapters)
         connection.prepare_threshold = prepare_threshold
-        await connection._instrument()
+        try:
+            await connection._instrument()
+        except BaseException:
+            connection._finish(on_purpose=True)  # the caller never gets it
+            raise
         return connection
 
     async def _instrument(self) -> None:
