@@ -6,7 +6,7 @@ import fcntl
 import sys
 import termios
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import psycopg
@@ -220,6 +220,21 @@ async def test_an_error_is_not_the_last_word(dsn: str) -> None:
         resource = await witness.session.block_checkout()
         with pytest.raises(psycopg.errors.DivisionByZero):
             await resource.get().execute("SELECT 1 / 0")
+        witness.session.destroyed(resource)
+        await until(lambda: bool(witness.told))
+        assert witness.told == [("destroyed", "")]
+
+
+@pytest.mark.parametrize("level", ["NOTICE", "EXCEPTION"])
+async def test_what_a_client_raises_is_not_the_last_word(dsn: str, level: str) -> None:
+    """It may have the SQLSTATE of an end, and its session goes on."""
+    async with open_witnessed(dsn, pool_size=1, autocommit=True) as witness:
+        resource = await witness.session.block_checkout()
+        with suppress(psycopg.errors.AdminShutdown):
+            await resource.get().execute(
+                f"DO $$ BEGIN RAISE {level} 'mine' USING ERRCODE='57P01'; END $$"
+            )
+        await resource.get().execute("SELECT 1")
         witness.session.destroyed(resource)
         await until(lambda: bool(witness.told))
         assert witness.told == [("destroyed", "")]

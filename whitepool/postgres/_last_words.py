@@ -116,6 +116,10 @@ def _on_notice(connection_ref: ref[TrioConnection[Any]], handler: Any, notice: p
 
 
 def _note(connection: TrioConnection[Any], sqlstate: str, severity: str, text: str) -> None:
-    """Note a message if it ends the session: a fatal one, or the warning of a server that crashes."""
-    if severity in ("FATAL", "PANIC") or sqlstate.startswith("57P"):
+    """Note a message if it ends the session: a fatal one, or the warning of a server that crashes.
+
+    A client's own ``RAISE`` may have any SQLSTATE, and does not end its session. Servers before
+    PostgreSQL 9.6 report no severity that can be read in every language.
+    """
+    if severity in ("FATAL", "PANIC") or (severity in ("WARNING", "") and sqlstate.startswith("57P")):
         connection._last_words = f"{sqlstate}: {' '.join(text.split())}"
