@@ -121,8 +121,9 @@ def _opener(pool: Callable[P, Pool[T]]) -> Callable[P, AbstractAsyncContextManag
     def open_pool(*arguments: P.args, **options: P.kwargs) -> AbstractAsyncContextManager[Session[T]]:
         """Open a pool for the length of an ``async with`` block, which gets a `Session`.
 
-        Takes what `Pool` takes. Entering starts `pool_size` workers and returns when all are open;
-        it raises `PoolStartError` if that fails for `start_timeout` seconds. A normal exit drains
+        Takes what `Pool` takes. Entering starts `pool_size` workers and returns when all are open, or
+        `min_ready` of them; it raises `PoolStartError` if that fails for `start_timeout` seconds, or at
+        once if it is pointless to try again. A normal exit drains
         the pool, as `Session.safe_shutdown` does with `shutdown_timeout`. An exit by an exception or by
         a cancellation closes everything at once, within `close_timeout`, shielded.
         """

@@ -110,7 +110,8 @@ class PoolStatistics:
     """Workers that a client called broken, or that could not be made ready for the next."""
 
     leaked: int
-    """Workers whose resource was garbage-collected without having been returned."""
+    """Workers whose resource was never returned: it was garbage-collected, or, with `held_warning`, the
+    task that had checked it out has ended."""
 
     discarded: int
     """Returns whose reset threw away what the client had written and not committed. Only a pool of
