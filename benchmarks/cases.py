@@ -229,7 +229,7 @@ def _queue_cases() -> list[Case]:
         ),
         Case(
             "queue",
-            (Figure("… memory a waiter, beyond its task", "bytes", {WHITEPOOL: at_most(1024)}),),
+            (Figure("… memory a waiter, beyond its task", "bytes", {WHITEPOOL: at_most(512)}),),
             peers,
             lambda peer, dsn: (peer.loop.run(_weigh_waiter, peer, dsn),),
             rounds=1,

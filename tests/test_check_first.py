@@ -102,7 +102,8 @@ async def test_a_worker_that_does_not_answer_costs_no_error(autojump_clock: Mock
         manager.shop.before_open = lambda _: trio.sleep(1)
         async with session.worker(0.5) as tool:
             assert tool.number == 1
-        assert manager.numbers == [3, 2, 1]
+        # One that does not answer has all others probed, in no particular order.
+        assert manager.numbers in ([3, 2, 1], [3, 1, 2])
         await trio.sleep(3)
         assert (session.statistics().lost, session.statistics().idle) == (2, 3)
 

@@ -422,6 +422,30 @@ async def test_a_checkout_in_a_cancelled_scope_takes_nothing() -> None:
         assert session.statistics().checkouts == 0
 
 
+@pytest.mark.parametrize("refused", ["not at all", "overloaded", "closed", "down"])
+async def test_a_cancelled_checkout_is_not_refused(
+    refused: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """A task that is cancelled is not told why it would get no worker. (Rule 3.)"""
+    shop = Workshop()
+    max_waiting = 0 if refused == "overloaded" else math.inf
+    async with pool(shop, pool_size=1, max_waiting=max_waiting) as session:
+        resource = await session.block_checkout()
+        if refused == "closed":
+            await session.safe_shutdown(timeout=0)
+        elif refused == "down":
+            shop.before_open = raising(OSError("no more tools"))
+            session.destroyed(resource)
+            await trio.sleep(9)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await session.block_checkout(1)
+        assert scope.cancelled_caught
+        now = session.statistics()
+        assert now.checkouts == 1
+        assert now.waiting == now.waited == now.overloads == now.timeouts == 0
+
+
 async def test_every_checkout_is_a_checkpoint() -> None:
     """Also one that fails; but those that find an idle worker let others run only now and then."""
     async with pool(pool_size=1) as session:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from whitepool._wait_queue import WaitQueue
+from whitepool._wait_queue import AT_ONCE, Waiter, WaitQueue
 
 pytestmark = pytest.mark.usefixtures("no_hanging")
 
@@ -39,10 +40,9 @@ class Desk:
         self.unserved = 0
         self.served: list[tuple[str, int]] = []
         """The waiters that got something, in the order in which they resumed, and what."""
-        self.since: dict[str, float] = {}
         self.ends: dict[str, tuple[str, float]] = {}
         """Of each waiter that got nothing: why, and when."""
-        self.tasks: dict[str, trio.lowlevel.Task] = {}
+        self.waiters: dict[str, Waiter] = {}
         self.scopes: dict[str, trio.CancelScope] = {}
         self.nursery = nursery
 
@@ -55,14 +55,16 @@ class Desk:
         self.nursery.start_soon(self._wait, name, timeout, nonblocking)
         await wait_all_tasks_blocked()
 
+    async def wait(self, timeout: float, name: str = "", nonblocking: bool = False) -> int:
+        """Wait in the queue, as a session does."""
+        self.waiters[name] = waiter = self.queue.join(timeout, blocking=not nonblocking)
+        number: int = await trio.lowlevel.wait_task_rescheduled(waiter.abort)
+        return number
+
     async def _wait(self, name: str, timeout: float, nonblocking: bool) -> None:
-        self.tasks[name] = trio.lowlevel.current_task()
-        queue = self.queue
         with self.scopes[name]:
             try:
-                number, self.since[name] = await (
-                    queue.wait_nonblocking() if nonblocking else queue.wait(timeout)
-                )
+                number = await self.wait(timeout, name, nonblocking)
             except (TimeIsUp, Shed, Refused) as error:
                 self.ends[name] = type(error).__name__, trio.current_time()
             else:
@@ -73,8 +75,10 @@ class Desk:
     @property
     def waiting(self) -> list[str]:
         """The waiters, in the order of the queue."""
-        names = {task: name for name, task in self.tasks.items()}
-        return [names[task] for task in self.queue.waiters]
+        names = {waiter: name for name, waiter in self.waiters.items()}
+        waiting = [names[waiter] for waiter in self.queue]
+        assert len(waiting) == self.queue.waiting
+        return waiting
 
     async def serve(self, number: int = 0) -> None:
         self.queue.serve(number, trio.current_time())
@@ -133,19 +137,26 @@ async def test_a_waiter_that_is_served_is_out_at_once(desk: Desk) -> None:
 
 async def test_there_must_be_a_waiter_to_serve(desk: Desk) -> None:
     """An entry would be lost otherwise."""
-    with pytest.raises(KeyError):
+    with pytest.raises(IndexError):
         desk.queue.serve(1, trio.current_time())
+    await desk.join("a")
+    desk.scopes["a"].cancel()
+    with pytest.raises(IndexError):
+        desk.queue.serve(1, trio.current_time())
+    assert desk.queue.served == desk.queue.waiting == 0
 
 
 async def test_the_wait_begins_when_the_task_joins(desk: Desk, mock_clock: MockClock) -> None:
-    """A waiter is told since when it waited, however it waited."""
+    """However it waits; the queue counts for how long those that are served have waited."""
     await desk.join("a")
     await let_pass(mock_clock, 2)
     await desk.join("b", nonblocking=True)
     await let_pass(mock_clock, 3)
     await desk.serve()
     await desk.serve()
-    assert desk.since == {"a": 0, "b": 2}
+    assert {name: waiter.since for name, waiter in desk.waiters.items()} == {"a": 0, "b": 2}
+    assert desk.queue.served == 2
+    assert desk.queue.wait_time == 5 + 3
 
 
 async def test_the_longest_wait_is_the_first_waiters(desk: Desk, mock_clock: MockClock) -> None:
@@ -174,16 +185,6 @@ async def test_what_was_waited_in_all(desk: Desk, mock_clock: MockClock) -> None
     assert (desk.queue.served, desk.queue.wait_time) == (1, 5)
     await desk.serve()
     assert (desk.queue.served, desk.queue.wait_time) == (2, 8)
-
-
-async def test_those_that_have_a_timeout(desk: Desk, mock_clock: MockClock) -> None:
-    """Each with the time at which it joined; the others wait for ever."""
-    await desk.join("a", timeout=3)
-    await let_pass(mock_clock, 1)
-    await desk.join("b")
-    await desk.join("c", nonblocking=True)
-    await desk.join("d", timeout=5)
-    assert desk.queue.blocking() == [(desk.tasks["a"], 0, 3), (desk.tasks["d"], 1, 5)]
 
 
 # -- Waiters that get nothing --------------------------------------------------------------------------
@@ -241,13 +242,13 @@ async def test_a_waiter_that_fails(desk: Desk, mock_clock: MockClock) -> None:
     """The error is raised in its task; it must be waiting."""
     await desk.join("a")
     await desk.join("b")
-    desk.queue.fail(desk.tasks["b"], Refused())
+    desk.queue.fail(desk.waiters["b"], Refused())
     assert desk.waiting == ["a"]
     assert desk.unserved == 1
     await wait_all_tasks_blocked()
     assert desk.ends == {"b": ("Refused", 0)}
-    with pytest.raises(KeyError):
-        desk.queue.fail(desk.tasks["b"], Refused())
+    with pytest.raises(AssertionError):
+        desk.queue.fail(desk.waiters["b"], Refused())
     assert desk.unserved == 1
 
 
@@ -263,7 +264,7 @@ async def test_those_beyond_what_is_on_the_way(desk: Desk, on_the_way: int, beyo
     for name in "abcde":
         await desk.join(name, nonblocking=name in "ace")
     found = desk.queue.nonblocking_beyond(on_the_way)
-    assert found == [desk.tasks[name] for name in beyond]
+    assert found == [desk.waiters[name] for name in beyond]
 
 
 async def test_where_every_task_waits_for_clients(desk: Desk) -> None:
@@ -272,20 +273,12 @@ async def test_where_every_task_waits_for_clients(desk: Desk) -> None:
     assert desk.queue.nonblocking_beyond(0) == []
 
 
-@pytest.mark.parametrize("end", ["served", "Cancelled", "Refused"])
-async def test_nothing_is_kept_of_a_nonblocking_waiter(desk: Desk, end: str) -> None:
-    """Whichever way it leaves the queue."""
-    await desk.join("a", nonblocking=True)
-    assert desk.queue.nonblocking == {desk.tasks["a"]}
-    if end == "served":
-        desk.queue.serve(1, trio.current_time())
-    elif end == "Cancelled":
-        desk.scopes["a"].cancel()
-    else:
-        desk.queue.fail(desk.tasks["a"], Refused())
-    await wait_all_tasks_blocked()
-    assert not desk.queue.nonblocking
-    assert not desk.queue.waiters
+async def test_those_that_have_left_are_not_on_the_way(desk: Desk) -> None:
+    """They count no more."""
+    for name in "abc":
+        await desk.join(name, nonblocking=True)
+    desk.scopes["b"].cancel()
+    assert desk.queue.nonblocking_beyond(1) == [desk.waiters["c"]]
 
 
 # -- Shedding ------------------------------------------------------------------------------------------
@@ -342,8 +335,9 @@ async def test_a_waiter_is_not_shed_otherwise(
 ) -> None:
     """It waits until its time is up, as nothing changes any more. (Rule 11.)"""
     desk = impatient_desk
-    for name in ("first", "second", "third"):
+    for name in ("earlier", "first", "second", "third"):
         await desk.join(name)
+    await desk.serve()
     await desk.join("a", timeout=10)
     for _ in range(served_in_first):
         await desk.serve()
@@ -380,9 +374,9 @@ async def test_a_task_that_waits_again_has_a_timeout_of_its_own(
     ended: list[float] = []
 
     async def wait_twice() -> None:
-        await desk.queue.wait(2)
+        await desk.wait(2)
         with pytest.raises(TimeIsUp):
-            await desk.queue.wait(5)
+            await desk.wait(5)
         ended.append(trio.current_time())
 
     desk.nursery.start_soon(wait_twice)
@@ -404,8 +398,7 @@ async def test_the_timer_of_a_waiter_that_has_left_does_nothing(
 
     async def wait_twice() -> None:
         for _ in range(2):
-            number, _ = await desk.queue.wait(10)
-            served.append(number)
+            served.append(await desk.wait(10))
 
     await desk.join("first")
     desk.nursery.start_soon(wait_twice)
@@ -421,20 +414,132 @@ async def test_the_timer_of_a_waiter_that_has_left_does_nothing(
     assert served == [1, 2]
 
 
-async def test_stale_timers_do_not_pile_up(desk: Desk, mock_clock: MockClock) -> None:
-    """Of those of a thousand tasks that have left, only some dozens are kept."""
-    await desk.join("a", timeout=7)
+async def test_a_waiter_that_leaves_in_time_gets_no_timer(
+    impatient_desk: Desk, mock_clock: MockClock
+) -> None:
+    """It costs no more than one without a timeout."""
+    desk = impatient_desk
+    for _ in range(3):
+        await desk.join("a", timeout=10)
+        await let_pass(mock_clock, 0.5)
+        await desk.serve()
+    await desk.join("b", timeout=10)
+    desk.scopes["b"].cancel()
+    await let_pass(mock_clock, 0.5)
+    assert not desk.queue._timers
+    await desk.join("b", timeout=10)
+    await let_pass(mock_clock, 2)
+    assert len(desk.queue._timers) == 1
+
+
+async def test_a_look_at_one_waiter_does_not_change_the_times_of_others(
+    desk: Desk, mock_clock: MockClock
+) -> None:
+    """Also where others have joined since, and with timeouts that end sooner or later."""
+    for name, timeout in ("a", 2.0), ("b", 9.0), ("c", 3.0):
+        await desk.join(name, timeout)
+    await let_pass(mock_clock, 1)
+    for name, timeout in ("d", 1.0), ("e", 7.0), ("f", 1.5):
+        await desk.join(name, timeout)
+    for _ in range(16):
+        await let_pass(mock_clock, 0.5)
+    times = {"a": 2, "d": 2, "f": 2.5, "c": 3, "e": 8, "b": 9}
+    assert desk.ends == {name: ("TimeIsUp", time) for name, time in times.items()}
+
+
+async def test_many_waiters_get_their_timers_without_a_stall(desk: Desk, mock_clock: MockClock) -> None:
+    """Other tasks have a turn meanwhile, may join and may leave; each time is kept."""
+    many = 3 * AT_ONCE
+    ended: list[float] = []
+
+    async def wait(timeout: float) -> None:
+        with pytest.raises(TimeIsUp):
+            await desk.wait(timeout)
+        ended.append(trio.current_time())
+
+    async def disturb() -> None:
+        while not desk.queue._timers:
+            await trio.lowlevel.checkpoint()
+        assert len(desk.queue._timers) < many
+        assert desk.unserved == 1  # the first, which was due before those others have timers
+        desk.scopes["leaves"].cancel()
+        desk.nursery.start_soon(wait, 0.25)
+
+    await desk.join("first", timeout=1)
+    for _ in range(many):
+        desk.nursery.start_soon(wait, 2)
+    await desk.join("leaves", timeout=2)
+    desk.nursery.start_soon(disturb)
+    mock_clock.jump(1)
+    await wait_all_tasks_blocked()
+    assert desk.ends == {"first": ("TimeIsUp", 1), "leaves": ("Cancelled", 1)}
+    await let_pass(mock_clock, 0.25)
+    assert ended == [1.25]
+    await let_pass(mock_clock, 0.5)
+    assert desk.queue.waiting == many
+    await let_pass(mock_clock, 0.25)
+    assert ended == [1.25] + [2] * many
+
+
+async def test_cancelled_waiters_do_not_pile_up(desk: Desk) -> None:
+    """Of a thousand that have left, only some dozens are kept, and those that wait keep their order."""
+    await desk.join("a")
+    await desk.join("b")
     for _ in range(1000):
         with trio.CancelScope() as scope:
             scope.cancel()
-            await desk.queue.wait(10)
-    assert len(desk.queue._timers) <= 64 + 4 * 2 + 1
-    await let_pass(mock_clock, 7)
-    assert desk.ends == {"a": ("TimeIsUp", 7)}
+            await desk.wait(10)
+        assert desk.waiting == ["a", "b"]
+    await desk.join("c")
+    assert desk.waiting == ["a", "b", "c"]
+    assert len(desk.queue._waiters) <= 64 + 2 * 3
 
 
-async def test_a_waiter_without_a_timeout_has_no_timer(desk: Desk) -> None:
+async def test_stale_timers_do_not_pile_up(desk: Desk, mock_clock: MockClock) -> None:
+    """Of those of a thousand tasks that have left, only some hundreds are kept."""
+    for name in "abcdefghij":
+        await desk.join(name, timeout=1)
+        for _ in range(100):
+            desk.nursery.start_soon(desk.wait, 100)
+        await let_pass(mock_clock, 1)
+        assert desk.ends[name] == ("TimeIsUp", trio.current_time())
+        for _ in range(100):
+            desk.queue.serve(1, trio.current_time())
+    assert len(desk.queue._timers) <= 64 + 4 * 101 + 101
+
+
+async def test_times_are_kept_when_stale_timers_are_dropped(desk: Desk, mock_clock: MockClock) -> None:
+    """In whatever order they are."""
+    timeouts = [10 + 37 * number % 401 for number in range(400)]
+    ended: list[tuple[float, float]] = []
+
+    async def wait(timeout: float) -> None:
+        with suppress(TimeIsUp):
+            await desk.wait(timeout)
+            return
+        ended.append((timeout, trio.current_time()))
+
+    for timeout in timeouts:
+        desk.nursery.start_soon(wait, timeout)
+        await wait_all_tasks_blocked()
+    await desk.join("a", timeout=1)
+    await let_pass(mock_clock, 1)
+    assert len(desk.queue._timers) == 400
+    for _ in range(370):
+        desk.queue.serve(1, trio.current_time())
+    await desk.join("b", timeout=1)
+    await let_pass(mock_clock, 1)
+    assert len(desk.queue._timers) == 30
+    while desk.queue.waiting:
+        await let_pass(mock_clock, 1)
+    assert ended == [(timeout, timeout) for timeout in sorted(timeouts[370:])]
+
+
+async def test_a_waiter_without_a_timeout_has_no_timer(desk: Desk, mock_clock: MockClock) -> None:
     """There is nothing to look at."""
     await desk.join("a")
     await desk.join("b", nonblocking=True)
+    await desk.join("c", timeout=1)
+    await let_pass(mock_clock, 1)
+    assert desk.waiting == ["a", "b"]
     assert not desk.queue._timers

@@ -48,11 +48,11 @@ class Checker(Generic[T]):
         answer at once delays no task: it counts no more, and another worker is probed, or started.
         """
         roster, queue = self._roster, self._queue
-        if not queue.waiters or not (roster.probes or roster.idle):
+        if not queue.waiting or not (roster.probes or roster.idle):
             return 0
         now = self._now()
         prompt = sum(began + PROMPT_ANSWER > now for began in roster.probes.values())
-        while roster.idle and prompt < len(queue.waiters):
+        while roster.idle and prompt < queue.waiting:
             entry = roster.next_idle()
             if self._evict_if_dead(entry):
                 continue
@@ -70,7 +70,7 @@ class Checker(Generic[T]):
     @enable_ki_protection
     async def _wake_for_slow_probes(self) -> None:
         """Have the supervisor look again at each probe that has not answered promptly."""
-        while self._queue.waiters:
+        while self._queue.waiting:
             now = self._now()
             late = [began + PROMPT_ANSWER for began in self._roster.probes.values()]
             due = min((time for time in late if time > now), default=None)

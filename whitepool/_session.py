@@ -7,7 +7,7 @@ import math
 import os
 import tracemalloc
 import warnings
-from collections.abc import Callable, Coroutine, Sized
+from collections.abc import Awaitable, Callable, Sized
 from contextlib import AbstractAsyncContextManager
 from functools import cache
 from threading import get_ident
@@ -16,10 +16,14 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import trio
 from trio.lowlevel import (
+    Abort,
+    RaiseCancelT,
     cancel_shielded_checkpoint,
+    checkpoint,
     checkpoint_if_cancelled,
     current_task,
     enable_ki_protection,
+    wait_task_rescheduled,
 )
 
 from . import _overload as overload
@@ -32,7 +36,6 @@ from ._options import check_size
 from ._scheduling import NOOP, NoopAwaitable, TimeSlice
 from ._statistics import PoolStatistics
 from ._supervisor import ALIVE_BYPASS_WINDOW, Supervisor
-from ._wait_queue import WaitQueue
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Session[Any]")
@@ -116,6 +119,11 @@ class Session(Generic[T]):
     From another thread, call it by `trio.from_thread.run`.
     """
 
+    # Sleep in the wait queue until there is a worker, or an error.
+    _wait: Callable[[Callable[[RaiseCancelT], Abort]], Awaitable[Entry[T]]] = staticmethod(
+        wait_task_rescheduled
+    )
+
     def __init__(self, supervisor: Supervisor[T]) -> None:
         self._supervisor = supervisor
         self._roster = supervisor.roster
@@ -160,7 +168,9 @@ class Session(Generic[T]):
             check_seconds("timeout", timeout)
         if self._before_acquire is not None:
             await call(self._before_acquire)
-        await checkpoint_if_cancelled()
+        # A task that has to wait is cancelled there.
+        if self._ready or self._supervisor.draining:
+            await checkpoint_if_cancelled()
         entry = self._take_idle()
         if entry is not None:
             resource = self._hand_out(entry, entry.in_use_since)
@@ -169,16 +179,17 @@ class Session(Generic[T]):
         else:
             supervisor = self._supervisor
             if self._max_waiting != math.inf and overload.is_queue_full(
-                len(self._queue.waiters), self._max_waiting, supervisor.standing.obtainable()
+                self._queue.waiting, self._max_waiting, supervisor.standing.obtainable()
             ):
-                await cancel_shielded_checkpoint()
+                await checkpoint()
                 raise supervisor.standing.count_overload()
             if supervisor.starter.down_since is not None and supervisor.is_unavailable(timeout):
-                await cancel_shielded_checkpoint()
+                await checkpoint()
                 raise supervisor.standing.count_unavailable()
             supervisor.request_worker()
-            entry, since = await self._queue.wait(timeout)
-            resource = self._hand_out(entry, since)
+            waiter = self._queue.join(timeout)
+            entry = await self._wait(waiter.abort)
+            resource = self._hand_out(entry, waiter.since)
         if self._on_checkout is not None:
             await self._call_on_checkout(resource, entry)
         return resource
@@ -201,12 +212,13 @@ class Session(Generic[T]):
             if entry.in_use_since > self._time_slice.ends:
                 await self._yield_to_others()
         else:
-            if len(self._queue.waiters) >= self._supervisor.standing.obtainable():
+            if self._queue.waiting >= self._supervisor.standing.obtainable():
                 await cancel_shielded_checkpoint()
                 raise PoolFull(f"{self.name}: clients, and tasks that wait, take up every worker")
             self._supervisor.request_worker()
-            entry, since = await self._queue.wait_nonblocking()
-            resource = self._hand_out(entry, since)
+            waiter = self._queue.join(math.inf, blocking=False)
+            entry = await self._wait(waiter.abort)
+            resource = self._hand_out(entry, waiter.since)
         if self._on_checkout is not None:
             await self._call_on_checkout(resource, entry)
         return resource
@@ -484,6 +496,19 @@ class ObservedSession(Session[T]):
 
     _observer: Observer
 
+    async def _wait(self, abort: Callable[[RaiseCancelT], Abort]) -> Entry[T]:
+        since = self._now()
+        error: BaseException | None = None
+        try:
+            entry: Entry[T] = await wait_task_rescheduled(abort)
+            return entry
+        except BaseException as its_error:
+            error = its_error
+            raise
+        finally:
+            self._observer.on_wait(self._now() - since, error)
+            del error  # it would refer to itself, by this frame
+
     def _hand_out(self, entry: Entry[T], since: float) -> Resource[T]:
         self._observer.on_checkout(entry.in_use_since - since)
         return super()._hand_out(entry, since)
@@ -496,44 +521,11 @@ class ObservedSession(Session[T]):
         return entry
 
 
-class _ObservedQueue(Generic[T]):
-    """The wait queue of the pool, as an `ObservedSession` uses it: each wait is reported."""
-
-    def __init__(
-        self, queue: WaitQueue[Entry[T]], now: Callable[[], float], observer: Observer
-    ) -> None:
-        self.waiters = queue.waiters
-        self._queue = queue
-        self._now = now
-        self._observer = observer
-
-    async def wait(self, timeout: float) -> tuple[Entry[T], float]:
-        return await self._report(self._queue.wait(timeout))
-
-    async def wait_nonblocking(self) -> tuple[Entry[T], float]:
-        return await self._report(self._queue.wait_nonblocking())
-
-    async def _report(
-        self, wait: Coroutine[Any, Any, tuple[Entry[T], float]]
-    ) -> tuple[Entry[T], float]:
-        since = self._now()
-        error: BaseException | None = None
-        try:
-            return await wait
-        except BaseException as its_error:
-            error = its_error
-            raise
-        finally:
-            self._observer.on_wait(self._now() - since, error)
-            del error  # it would refer to itself, by this frame
-
-
 def observed(session: S, observer: Observer) -> S:
     """Return a session of the same pool, and of the same kind, that reports to an observer."""
     kind: Any = type(session)
     new: Any = _with(ObservedSession, kind)(session._supervisor)
     new._observer = observer
-    new._queue = _ObservedQueue(new._queue, new._now, observer)
     return cast("S", new)
 
 

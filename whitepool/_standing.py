@@ -76,7 +76,7 @@ class Standing(Generic[T]):
         reason = f"; the last start failed: {describe(error)}" if error else ""
         return (
             f"{roster.in_use} in use, {roster.opening} starting, {roster.servicing} resetting, "
-            f"{len(self.queue.waiters)} waiting{reason}"
+            f"{self.queue.waiting} waiting{reason}"
         )
 
     def _hint_at_nesting(self, task: Task) -> str:
@@ -117,7 +117,7 @@ class Standing(Generic[T]):
             overflow=max(0, roster.open + roster.opening - roster.pool_size),
             starting=roster.opening,
             resetting=roster.servicing,
-            waiting=len(self.queue.waiters),
+            waiting=self.queue.waiting,
             longest_wait=self.queue.longest_wait(now),
             longest_use=max((now - entry.in_use_since for entry in in_use), default=0.0),
             waited=self.queue.served,

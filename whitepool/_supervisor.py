@@ -114,7 +114,7 @@ class Supervisor(Generic[T]):
         if self._no_lingering and self.roster.too_many > 0:
             self.evict(entry, "overflow")
         # 2. A task waits for it.
-        elif self.queue.waiters:
+        elif self.queue.waiting:
             if entry.state is not IN_USE:
                 self.roster.move(entry, IN_USE)
             entry.in_use_since = now
@@ -168,7 +168,7 @@ class Supervisor(Generic[T]):
         elif entry.evict_reason is not None and self._evict_if_due(entry):
             pass
         # 5. It is ready for its next client, and no task waits for it: the usual case.
-        elif not (self.queue.waiters or self.draining or self._no_lingering):
+        elif not (self.queue.waiting or self.draining or self._no_lingering):
             self.roster.put_idle(entry, now)
         # 6. What becomes of it depends.
         else:
@@ -255,7 +255,7 @@ class Supervisor(Generic[T]):
         assert entry.evict_reason is not None
         _, departure = REASONS[entry.evict_reason]
         if departure is Departure.WHEN_REPLACED and not self.starter.may_retire(
-            waiting=len(self.queue.waiters), now=self.now()
+            waiting=self.queue.waiting, now=self.now()
         ):
             return False
         self.evict(entry, entry.evict_reason)  # does nothing if it was evicted while it was in use
@@ -288,10 +288,9 @@ class Supervisor(Generic[T]):
             self._no_lingering = self._no_lingering or self.roster.too_many > 0
             # What a nonblocking checkout waited for may have been given up: it must not wait for a
             # client now.
-            for task in self.queue.nonblocking_beyond(self.standing.obtainable()):
-                self.queue.fail(
-                    task, PoolFull(f"{self.name} was resized: clients take up every worker")
-                )
+            for waiter in self.queue.nonblocking_beyond(self.standing.obtainable()):
+                refusal = PoolFull(f"{self.name} was resized: clients take up every worker")
+                self.queue.fail(waiter, refusal)
 
     def statistics(self) -> PoolStatistics:
         """Return a snapshot of the pool."""
@@ -312,16 +311,16 @@ class Supervisor(Generic[T]):
         self._wake_for_retry()
         if self.starter.final_error is not None:
             self.drain()
-        for task, since, timeout in self.queue.blocking():
-            if self.starter.is_hopeless(since, timeout):
-                self.queue.fail(task, self.standing.count_unavailable())
+        for waiter in list(self.queue):
+            if self.starter.is_hopeless(waiter.since, waiter.timeout):
+                self.queue.fail(waiter, self.standing.count_unavailable())
         # A nonblocking checkout waits only for what the pool itself is doing. If no worker is on its
         # way to it, it fails now.
         on_the_way = self.roster.opening + self.roster.servicing + len(self.roster.idle)
-        for task in self.queue.nonblocking_beyond(on_the_way):
+        for waiter in self.queue.nonblocking_beyond(on_the_way):
             refusal = PoolStartError(f"{self.name}: a worker could not be started: {describe(error)}")
             refusal.__cause__ = error
-            self.queue.fail(task, refusal)
+            self.queue.fail(waiter, refusal)
 
     def _is_full(self, error: Exception) -> bool:
         """Say whether a start failed because the peer gives the pool no more than it has."""
@@ -400,7 +399,7 @@ class Supervisor(Generic[T]):
     async def _supervise(self) -> None:
         """Admit the workers that come through the channel, and start those that are missing."""
         self.wake()
-        while not self.draining or self.roster.entries or self.queue.waiters:
+        while not self.draining or self.roster.entries or self.queue.waiting:
             self._receive(await self._receive_ready.receive())
             # First admit all that are ready: each may be the one that a waiter needs.
             with suppress(trio.WouldBlock):
@@ -409,7 +408,7 @@ class Supervisor(Generic[T]):
             self._retire_expiring()
             self._give_up_starts()
             self.starter.start_missing(
-                unprovided=len(self.queue.waiters) - self._checker.probe_for_waiters(self._nursery),
+                unprovided=self.queue.waiting - self._checker.probe_for_waiters(self._nursery),
                 draining=self.draining,
                 now=self.now(),
             )
@@ -460,7 +459,7 @@ class Supervisor(Generic[T]):
         roster = self.roster
         surplus = roster.too_many
         if self.draining:
-            surplus = max(surplus, roster.opening - len(self.queue.waiters))
+            surplus = max(surplus, roster.opening - self.queue.waiting)
         if surplus > 0:
             opening = [entry for entry in roster.entries if entry.state is State.OPENING]
             for entry in opening[-surplus:]:  # those that began last
@@ -515,7 +514,7 @@ class Supervisor(Generic[T]):
         May be called again, and before `drain`.
         """
         self.drain()
-        for task in list(self.queue.waiters):
-            self.queue.fail(task, PoolClosed(f"{self.name} was shut down"))
+        for waiter in list(self.queue):
+            self.queue.fail(waiter, PoolClosed(f"{self.name} was shut down"))
         for entry in list(self.roster.entries):
             self.evict(entry, "shutdown")

@@ -3,42 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
-from itertools import islice
-from typing import Generic, TypeVar
+from itertools import islice, takewhile
+from typing import Any, Generic, TypeVar
 
 import trio
 from outcome import Error, Value
 from trio.lowlevel import (
     Abort,
     Task,
+    cancel_shielded_checkpoint,
     current_task,
     enable_ki_protection,
     reschedule,
-    wait_task_rescheduled,
 )
 
 from . import _overload as overload
 
 E = TypeVar("E")
 
-Waiter = tuple[int, float, float, int]
-"""The number under which a task joined, when that was, its timeout, and how many tasks had been served
-by then. A tuple, because each wait makes one, and to make an object costs five times as much."""
+AT_ONCE = 1000
+"""Waiters that get their timers before other tasks have a turn: it takes some half a millisecond."""
 
-Timer = tuple[float, int, Task, "overload.Look | None"]
-"""When to look at a waiter, its number and its task, and what there was to see at the last look."""
+
+class Waiter:
+    """A task in a wait queue. `WaitQueue.join` makes it."""
+
+    # It has no __init__: to call one would cost as much as half of the rest of joining the queue.
+    __slots__ = ("blocking", "number", "queue", "served_before", "since", "task", "timeout")
+
+    queue: WaitQueue[Any]
+    task: Task | None
+    """None when it has left the queue."""
+    number: int
+    """How many tasks had ever joined the queue, with this one."""
+    served_before: int
+    """How many of them had been served when it joined."""
+    since: float
+    """When it joined."""
+    timeout: float
+    blocking: bool
+    """Whether it also waits for clients to return workers. (`Session.nonblock_checkout` does not.)"""
+
+    def abort(self, _: object) -> Abort:
+        """Leave the queue, because the task is cancelled. Trio calls it."""
+        self.queue.remove(self)
+        return Abort.SUCCEEDED
+
+
+Timer = tuple[float, int, Waiter, "overload.Look | None"]
+"""When to look at a waiter, its number, the waiter, and what there was to see at the last look."""
 
 
 class WaitQueue(Generic[E]):
     """The tasks that wait for an entry, first come, first served.
 
-    A waiter costs no cancel scope and no timer of Trio's, as in Trio's own channels. It sleeps, and the
-    task that has news for it (a worker, a timeout, the end of the pool) reschedules it, with that news
-    as the outcome. That happens once: a task that was rescheduled with a worker can no longer be
-    cancelled out of it, and one that is cancelled is out of the queue in the same instant.
+    A waiter costs no cancel scope and no timer of Trio's, as in Trio's own channels. It joins, and
+    sleeps: ``await wait_task_rescheduled(waiter.abort)``. The task that has news for it (a worker, a
+    timeout, the end of the pool) reschedules it, with that news as the outcome. That happens once: a
+    task that was rescheduled with a worker can no longer be cancelled out of it, and one that is
+    cancelled is out of the queue in the same instant.
 
     Args:
       patience: the pool's option, see `_overload`.
@@ -55,93 +81,87 @@ class WaitQueue(Generic[E]):
         make_overload: Callable[[], Exception],
         on_unserved: Callable[[], None],
     ) -> None:
-        self.waiters: OrderedDict[Task, Waiter] = OrderedDict()
-        """The one that has waited for the longest comes first."""
-        self.nonblocking: set[Task] = set()
-        """Those that do not wait for a client to return a worker (`Session.nonblock_checkout`)."""
-        self._make_timeout = make_timeout
-        self._make_overload = make_overload
-        self._on_unserved = on_unserved
+        self.waiting = 0
+        """Tasks that wait."""
         self.served = 0
         """Tasks that have got an entry."""
         self.wait_time = 0.0
         """Seconds that those have waited, in all."""
+        self._make_timeout = make_timeout
+        self._make_overload = make_overload
+        self._on_unserved = on_unserved
         self._joined = 0
+        # The one that has waited for the longest comes first. A task that is not served leaves its
+        # waiter here, until there are too many of those: to search for each would take too long.
+        self._waiters: deque[Waiter] = deque()
         self._period = overload.period(patience)
-        # A heap. It keeps the timers of tasks that have left, until there are too many of them: most
-        # waiters are served long before their first look, and to search the heap for each would cost
-        # more than the wait.
+        # A heap. No waiter is in it before the time has come to look at any that joined with it or
+        # later: most are served long before that. Those that are, leave their timers here for a while.
         self._timers: list[Timer] = []
+        self._timed = 0  # the number of the last waiter that has got a timer
         self._sleep = trio.CancelScope()
         self._wakes_at = math.inf  # the deadline of `_sleep`, which costs a call to ask
         self._now = trio.lowlevel.current_clock().current_time
 
-    async def wait(self, timeout: float) -> tuple[E, float]:
-        """Wait at the end of the queue for an entry, for at most `timeout` seconds.
+    def join(self, timeout: float, blocking: bool = True) -> Waiter:
+        """Put the current task at the end of the queue, for at most `timeout` seconds.
 
-        Returns it, and the time at which the wait began. Raises what `make_timeout` or
-        `make_overload` makes, or what `fail` is given. A cancellation takes the task out of the queue.
+        It must sleep at once, as the class says. It is woken with an entry, or with what `make_timeout`
+        or `make_overload` makes, or with what `fail` is given.
         """
-        task = current_task()
-        now = self._now()
-        self._joined = number = self._joined + 1
-        self.waiters[task] = (number, now, timeout, self.served)
-        if timeout != math.inf:
-            first_look = now + self._period * timeout
-            if len(self._timers) > 64 + 4 * len(self.waiters):
-                self._discard_stale_timers()
-            heappush(self._timers, (first_look, number, task, None))
-            if first_look < self._wakes_at:
-                self._sleep.deadline = self._wakes_at = first_look
-
-        def abort(_: object) -> Abort:
-            del self.waiters[task]
-            self._on_unserved()
-            return Abort.SUCCEEDED
-
-        entry: E = await wait_task_rescheduled(abort)
-        return entry, now
-
-    async def wait_nonblocking(self) -> tuple[E, float]:
-        """Wait without a timeout, as one of the `nonblocking`."""
-        task = current_task()
-        self.nonblocking.add(task)
-        try:
-            return await self.wait(math.inf)
-        finally:
-            self.nonblocking.discard(task)
+        waiter = Waiter()
+        waiter.queue = self
+        waiter.task = current_task()
+        waiter.since = now = self._now()
+        waiter.timeout = timeout
+        waiter.blocking = blocking
+        waiter.served_before = self.served
+        waiter.number = self._joined = self._joined + 1
+        self.waiting += 1
+        self._waiters.append(waiter)
+        first_look = now + self._period * timeout
+        if first_look < self._wakes_at:
+            self._sleep.deadline = self._wakes_at = first_look
+        return waiter
 
     def serve(self, entry: E, now: float) -> None:
-        """Give an entry to the task that has waited the longest. Raises `KeyError` if none waits."""
-        task, waiter = self.waiters.popitem(last=False)
+        """Give an entry to the task that has waited the longest. Raises `IndexError` if none waits."""
+        task = None
+        while task is None:
+            waiter = self._waiters.popleft()
+            task = waiter.task
+        waiter.task = None
+        self.waiting -= 1
         self.served += 1
-        self.wait_time += now - waiter[1]
+        self.wait_time += now - waiter.since
         reschedule(task, Value(entry))
 
-    def fail(self, task: Task, error: Exception) -> None:
+    def fail(self, waiter: Waiter, error: Exception) -> None:
         """Take a waiter out of the queue, and raise an error in it. It must be waiting."""
-        del self.waiters[task]
+        reschedule(self.remove(waiter), Error(error))
+
+    def remove(self, waiter: Waiter) -> Task:
+        """Take a waiter out of the queue, and return its task. It must be waiting."""
+        task, waiter.task = waiter.task, None
+        assert task is not None
+        self.waiting -= 1
+        if len(self._waiters) > 64 + 2 * self.waiting:
+            self._waiters = deque(self)
         self._on_unserved()
-        reschedule(task, Error(error))
+        return task
 
-    def blocking(self) -> list[tuple[Task, float, float]]:
-        """Return the waiters that have a timeout: each task, when it joined, and the timeout."""
-        return [
-            (task, since, timeout)
-            for task, (_, since, timeout, _) in self.waiters.items()
-            if timeout != math.inf
-        ]
+    def __iter__(self) -> Iterator[Waiter]:
+        """Return the waiters, in order. None may join or leave meanwhile."""
+        return (waiter for waiter in self._waiters if waiter.task is not None)
 
-    def nonblocking_beyond(self, on_the_way: int) -> list[Task]:
-        """Return the `nonblocking` waiters that have at least `on_the_way` waiters ahead of them."""
-        if not self.nonblocking:
-            return []
-        return [task for task in islice(self.waiters, on_the_way, None) if task in self.nonblocking]
+    def nonblocking_beyond(self, on_the_way: int) -> list[Waiter]:
+        """Return the nonblocking waiters that have at least `on_the_way` waiters ahead of them."""
+        return [waiter for waiter in islice(self, on_the_way, None) if not waiter.blocking]
 
     def longest_wait(self, now: float) -> float:
         """Return for how many seconds the first waiter has waited; 0 if there is none."""
-        for _, since, *_ in self.waiters.values():
-            return now - since
+        for waiter in self:
+            return now - waiter.since
         return 0
 
     # -- Timeouts ------------------------------------------------------------------------------------
@@ -150,36 +170,46 @@ class WaitQueue(Generic[E]):
     async def run_timers(self) -> None:
         """Time out or shed waiters when it is time. One task does it for all of them; it never ends."""
         while True:
-            now = self._now()
-            while self._timers and self._timers[0][0] <= now:
-                timer = heappop(self._timers)
-                if self._is_waiting(timer):
-                    self._on_timer(timer, now)
-            self._wakes_at = self._timers[0][0] if self._timers else math.inf
+            self._wakes_at = math.inf  # a task that joins from here on may change it
+            await self._set_timers()
+            self._look_at_due()
+            if self._timers:
+                self._wakes_at = min(self._wakes_at, self._timers[0][0])
             with trio.CancelScope(deadline=self._wakes_at) as self._sleep:
                 await trio.sleep_forever()
 
-    def _discard_stale_timers(self) -> None:
-        """Drop the timers of tasks that have left the queue."""
-        self._timers = [timer for timer in self._timers if self._is_waiting(timer)]
-        heapify(self._timers)
+    async def _set_timers(self) -> None:
+        """Set timers for the waiters that have joined since the last time, and still wait."""
+        if len(self._timers) > 64 + 4 * self.waiting:
+            self._timers = [timer for timer in self._timers if timer[2].task is not None]
+            heapify(self._timers)
+        untimed = list(takewhile(lambda waiter: waiter.number > self._timed, reversed(self._waiters)))
+        self._timed = self._joined
+        for count, waiter in enumerate(reversed(untimed), 1):
+            if waiter.timeout != math.inf and waiter.task is not None:
+                first_look = waiter.since + self._period * waiter.timeout
+                heappush(self._timers, (first_look, waiter.number, waiter, None))
+            if count % AT_ONCE == 0:
+                self._look_at_due()
+                await cancel_shielded_checkpoint()
+
+    def _look_at_due(self) -> None:
+        now = self._now()
+        while self._timers and self._timers[0][0] <= now:
+            self._on_timer(heappop(self._timers), now)
 
     def _on_timer(self, timer: Timer, now: float) -> None:
         """Look at a waiter one period after the last look, or when its time is up."""
-        _, number, task, last_look = timer
-        _, since, timeout, served_at_joining = self.waiters[task]
-        last = last_look or overload.Look(number, served_at_joining, served_before=False)
-        ends = since + timeout
+        _, number, waiter, last_look = timer
+        if waiter.task is None:
+            return
+        last = last_look or overload.Look(number, waiter.served_before, served_before=False)
+        ends = waiter.since + waiter.timeout
         if now >= ends:
-            self.fail(task, self._make_timeout(task, timeout))
+            self.fail(waiter, self._make_timeout(waiter.task, waiter.timeout))
         elif overload.is_growing(last, self._joined, self.served):
-            self.fail(task, self._make_overload())
+            self.fail(waiter, self._make_overload())
         else:
             look = overload.Look(self._joined, self.served, self.served > last.served)
-            again = overload.next_look(now, ends, self._period * timeout)
-            heappush(self._timers, (again, number, task, look))
-
-    def _is_waiting(self, timer: Timer) -> bool:
-        """Say whether the timer's waiter still waits: it may have left, and its task joined anew."""
-        _, number, task, _ = timer
-        return self.waiters.get(task, (0,))[0] == number
+            again = overload.next_look(now, ends, self._period * waiter.timeout)
+            heappush(self._timers, (again, number, waiter, look))
