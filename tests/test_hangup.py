@@ -13,7 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 import trio
-from workshop import check_books
+from trio.testing import wait_all_tasks_blocked
+from workshop import Workshop, check_books
 
 import whitepool
 from whitepool._hangup import HangupWatch
@@ -270,6 +271,36 @@ async def test_a_closed_watch_is_empty(pair: Pair) -> None:
     assert watch.hung_up() == []
     theirs.sendall(b"still open")
     assert ours.recv(100) == b"still open"
+
+
+def waited_for() -> int:
+    """Return for how many descriptors Trio waits."""
+    statistics: Any = trio.lowlevel.current_statistics().io_statistics
+    return int(statistics.tasks_waiting_read)
+
+
+async def test_nothing_is_registered_before_there_is_something_to_watch(
+    nursery: trio.Nursery, pair: Pair, watch: HangupWatch[str]
+) -> None:
+    """A pool whose workers have no descriptors costs Trio nothing."""
+    before = waited_for()
+    nursery.start_soon(watch.wait)
+    watch.add(None, "worker")
+    watch.add(-1, "another worker")
+    await wait_all_tasks_blocked()
+    assert waited_for() == before
+    watch.add(pair[0].fileno(), "worker with a descriptor")
+    await wait_all_tasks_blocked()
+    assert waited_for() == before + 1
+
+
+async def test_a_pool_that_watches_nothing_registers_nothing() -> None:
+    """Neither with Trio nor with the kernel."""
+    files, before = set(os.listdir("/proc/self/fd")), waited_for()
+    async with whitepool.open_pool(Workshop().make, pool_size=2):
+        await wait_all_tasks_blocked()
+        assert waited_for() == before
+        assert set(os.listdir("/proc/self/fd")) <= files
 
 
 async def test_other_systems(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

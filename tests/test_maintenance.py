@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import weakref
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +16,7 @@ import trio.testing
 from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising
 
 import whitepool
+from whitepool._maintenance import Duty
 
 Clock = trio.testing.MockClock
 
@@ -65,6 +69,60 @@ async def test_what_comes_due_together_is_done_together(autojump_clock: Clock) -
     looks = {time for time, _ in manager.probes}
     assert len(manager.probes) >= 60 * 9
     assert len(looks) <= 300 / (LATE - 0.1)
+
+
+async def test_few_probes_are_begun_together(autojump_clock: Clock) -> None:
+    """Where many are due, the others follow soon, and other tasks have a turn in between."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=500, check_interval=30) as session:
+        for entry in session._supervisor.roster.entries:
+            entry.jitter = 1
+        await trio.sleep(40)
+    together = Counter(time for time, _ in manager.probes)
+    assert len(manager.probes) == 500
+    assert max(together.values()) == 100
+    assert max(together) - min(together) < 0.5
+
+
+async def test_workers_that_have_left_are_not_kept(autojump_clock: Clock) -> None:
+    """Not for longer than until a probe of theirs would have been due, and not many of them."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, check_interval=1000) as session:
+        for _ in range(500):
+            session.destroyed(await session.block_checkout())
+            await trio.testing.wait_all_tasks_blocked()
+        *gone, _ = (weakref.ref(tool) for tool in manager.shop.tools)
+        manager.shop.tools.clear()
+        gc.collect()
+        assert sum(tool() is not None for tool in gone) < 100
+        await trio.sleep(1100)
+        gc.collect()
+        assert [tool() for tool in gone if tool() is not None] == []
+
+
+async def test_a_worker_that_has_to_leave_is_not_probed(autojump_clock: Clock) -> None:
+    """Also where it stays for a while, because no other can be opened in its place."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=3, check_interval=30) as session:
+        manager.shop.before_open = raising(OSError("too many connections"))
+        session.retire_all()
+        await trio.sleep(100)
+        assert session.statistics().idle == 3
+        assert not manager.probes
+
+
+def test_a_duty_is_done_when_it_is_due() -> None:
+    """It is not looked at before, however often the other duties are due."""
+    looks: list[float] = []
+
+    def look(now: float) -> float:
+        looks.append(now)
+        return now + 7
+
+    duty = Duty(look, pause=1, period=10)
+    for time in range(20):
+        duty.do_if_due(time)
+    assert looks == [0, 7, 14]
 
 
 async def test_a_worker_in_use_needs_no_probe(autojump_clock: Clock) -> None:

@@ -46,8 +46,9 @@ async def test_a_worker_without_a_close_is_left_alone() -> None:
 
 
 async def test_a_class_may_bring_its_own_manager() -> None:
-    """Then a bare factory is enough to have its objects reset."""
+    """Then a bare factory is enough to have its objects reset, and closed as they need it."""
     resets = []
+    closed = []
 
     class Own(whitepool.WorkerManager[Any]):
         def needs_reset(self, worker: Any) -> bool:
@@ -55,6 +56,9 @@ async def test_a_class_may_bring_its_own_manager() -> None:
 
         async def reset(self, worker: Any) -> None:
             resets.append(worker)
+
+        async def close(self, worker: Any) -> None:
+            closed.append(worker)
 
     class Worker:
         __worker_manager__: ClassVar[whitepool.WorkerManager[Any]] = Own()
@@ -67,6 +71,7 @@ async def test_a_class_may_bring_its_own_manager() -> None:
             pass
         await trio.testing.wait_all_tasks_blocked()
         assert resets == [worker]
+    assert closed == [worker]
 
 
 async def test_a_manager_that_was_given_is_the_one() -> None:

@@ -228,11 +228,11 @@ def test_workers_that_are_to_be_replaced_do_not_last(state: State, reason: Reaso
     entry = add(roster, state)
     roster.mark(entry, reason)
     waits = REASONS[reason][1] is Departure.WHEN_REPLACED
-    assert (roster.expiring, roster.lasting) == ((1, 0) if waits else (0, 1))
+    assert (len(roster.expiring), roster.lasting) == ((1, 0) if waits else (0, 1))
     roster.mark(entry, reason)
-    assert roster.expiring == waits
+    assert len(roster.expiring) == waits
     roster.move(entry, CLOSING)
-    assert (roster.expiring, roster.lasting) == (0, 0)
+    assert (len(roster.expiring), roster.lasting) == (0, 0)
     roster.check()
 
 
@@ -243,7 +243,7 @@ def test_a_second_reason_takes_the_place_of_the_first() -> None:
     roster.mark(entry, "lifetime")
     roster.mark(entry, "hung_up")
     assert entry.evict_reason == "hung_up"
-    assert (roster.expiring, roster.lasting) == (0, 1)
+    assert (len(roster.expiring), roster.lasting) == (0, 1)
     roster.check()
 
 
@@ -292,15 +292,35 @@ def test_a_probed_worker_goes_back_to_where_it_was(idle_since: float, position: 
     roster.check()
 
 
+@pytest.mark.parametrize("times", [(1, 2, 3), (1, 1, 1), (-math.inf, 2, 2)])
 @pytest.mark.parametrize("state", [IN_USE, SERVICING, CLOSING])
-def test_a_worker_that_is_idle_no_more(state: State) -> None:
-    """It is the one that leaves the idle ones, wherever it is among them."""
+def test_a_worker_that_is_idle_no_more(state: State, times: tuple[float, ...]) -> None:
+    """It is the one that leaves the idle ones, wherever it is among them, and among its equals."""
     roster = new_roster()
-    first, entry, last = (add(roster, IDLE, idle_since=time) for time in (1, 2, 3))
+    first, entry, last = (add(roster, IDLE, idle_since=time) for time in times)
     roster.mark(entry, "check_failed")
     roster.move(entry, state)
     assert list(roster.idle) == [first, last]
     roster.check()
+
+
+def test_the_next_to_be_replaced() -> None:
+    """An idle one, whether fewer workers are idle or fewer are to be replaced."""
+    roster = new_roster()
+    assert roster.next_expiring() is None
+    busy = [add(roster, state) for state in (IN_USE, IN_USE, SERVICING)]
+    idle = [add(roster, IDLE, idle_since=time) for time in (1, 2)]
+    for entry in busy:
+        roster.mark(entry, "retire_all")
+    assert roster.next_expiring() is None
+    roster.mark(idle[1], "retire_all")
+    assert roster.next_expiring() is idle[1]
+    for entry in busy[1:]:
+        roster.mark(entry, "crashed")
+    add(roster, IDLE, idle_since=3)
+    assert roster.next_expiring() is idle[1]
+    roster.mark(idle[1], "crashed")
+    assert roster.next_expiring() is None
 
 
 # -- Falsified books -----------------------------------------------------------------------------------
@@ -359,8 +379,8 @@ def exchange_an_idle_worker_for_a_stranger(roster: RosterOf) -> None:
     roster.idle[-1] = stranger
 
 
-def miscount_those_to_be_replaced(roster: RosterOf) -> None:
-    roster.expiring -= 1
+def forget_one_that_is_to_be_replaced(roster: RosterOf) -> None:
+    roster.expiring.popitem()
 
 
 def mark_beside_the_roster(roster: RosterOf) -> None:
@@ -392,7 +412,7 @@ FALSIFICATIONS: list[Callable[[RosterOf], None]] = [
     enter_an_idle_worker_twice,
     exchange_an_idle_worker_for_a_busy_one,
     exchange_an_idle_worker_for_a_stranger,
-    miscount_those_to_be_replaced,
+    forget_one_that_is_to_be_replaced,
     mark_beside_the_roster,
     confuse_the_order_of_use,
     keep_an_idle_worker_among_the_probed,

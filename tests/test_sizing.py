@@ -6,6 +6,7 @@ A row is named after the case of the code that it stands for, or after the bound
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -196,38 +197,46 @@ def test_which_workers_are_unused(changes: dict[str, Any], is_due: bool, next_du
 
 
 def test_the_first_of_those_that_are_unused() -> None:
-    """Whatever the order: with their jitter, the longest idle need not be the first."""
+    """With their jitter, the longest idle need not be the first."""
     unused, later, soon, last = worker(10), worker(60), worker(61, jitter=0.9), worker(62)
     assert sizing.idle_expired([unused, later, soon, last], 60, NOW) == ([unused], 61 + 0.9 * 60)
     assert sizing.idle_expired([unused], math.inf, NOW) == ([], math.inf)
+
+
+def test_workers_that_were_used_lately_are_not_looked_at() -> None:
+    """They come last, and none of them can be due before the first that was found."""
+
+    def idle() -> Iterator[Entry[str]]:
+        yield worker(10)
+        yield worker(50)
+        yield worker(57)
+        raise AssertionError("it went on")
+
+    assert sizing.idle_expired(idle(), 60, NOW)[1] == 110
 
 
 # -- Probes --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "is_due", "next_due"),
+    ("changes", "expected"),
     [
-        pytest.param({"idle_since": 69}, True, math.inf, id="past"),
-        pytest.param({"idle_since": 70}, True, math.inf, id="in this instant"),
-        pytest.param({"idle_since": 71}, False, 101, id="in a second"),
-        pytest.param({"idle_since": 71, "jitter": 0.9}, True, math.inf, id="a tenth earlier by chance"),
-        pytest.param({"idle_since": 9, "probed_at": 90}, False, 120, id="it was probed since"),
-        pytest.param({"idle_since": 90, "probed_at": 9}, False, 120, id="it was used since"),
-        pytest.param({"can_be_checked": False}, False, math.inf, id="it can't be probed"),
-        pytest.param({"reason": "lifetime"}, False, math.inf, id="it has to leave"),
+        pytest.param({"idle_since": 70}, 100, id="it was used last"),
+        pytest.param({"idle_since": 70, "jitter": 0.9}, 97, id="a tenth earlier by chance"),
+        pytest.param({"idle_since": 9, "probed_at": 90}, 120, id="it was probed since"),
+        pytest.param({"idle_since": 90, "probed_at": 9}, 120, id="it was used since"),
+        pytest.param({"idle_since": 70, "state": State.IN_USE}, 130, id="it is in use"),
+        pytest.param({"idle_since": 70, "state": State.SERVICING}, 130, id="it is being probed"),
     ],
 )
-def test_which_workers_are_probed(changes: dict[str, Any], is_due: bool, next_due: float) -> None:
-    """Those that have given no sign of life for `check_interval`, less their share of chance."""
-    entry = worker(**changes)
-    assert sizing.probe_due([entry], 0, 30, NOW) == ([entry] if is_due else [], next_due)
+def test_when_a_worker_is_probed(changes: dict[str, Any], expected: float) -> None:
+    """When it has given no sign of life for `check_interval`, less its share of chance."""
+    assert sizing.probe_at(worker(**changes), 30, NOW) == expected
 
 
 @pytest.mark.parametrize(
     ("idle", "probing", "expected"),
     [
-        pytest.param(0, 0, 0, id="none is idle"),
         pytest.param(1, 0, 1, id="the only one"),
         pytest.param(1, 1, 0, id="one of two is being probed"),
         pytest.param(2, 0, 1, id="half of two"),
@@ -235,58 +244,61 @@ def test_which_workers_are_probed(changes: dict[str, Any], is_due: bool, next_du
         pytest.param(4, 0, 2, id="half of four"),
         pytest.param(3, 1, 1, id="half of four, of which one is under way"),
         pytest.param(2, 2, 0, id="half of four, which are under way"),
-        pytest.param(1, 3, 0, id="more than half are under way"),
+        pytest.param(1, 3, -1, id="more than half are under way"),
+        pytest.param(200, 0, 100, id="half of two hundred"),
+        pytest.param(202, 0, 100, id="less than half of more, so that other tasks can run"),
     ],
 )
 def test_how_many_are_probed_together(idle: int, probing: int, expected: int) -> None:
-    """Half of those that no client holds; those put off are looked at again shortly after."""
-    entries = [worker() for _ in range(idle)]
-    found, due = sizing.probe_due(entries, probing, 30, NOW)
-    assert found == entries[:expected]
-    assert due == (NOW + sizing.PROBE_RETRY if idle > expected else math.inf)
-
-
-def test_a_probe_is_due_no_sooner_than_the_next_attempt() -> None:
-    """So those that come due a moment later are probed with those that were put off."""
-    entries = [worker(70.01), worker(75)]
-    assert sizing.probe_due(entries, 0, 30, NOW) == ([], NOW + sizing.PROBE_RETRY)
+    """Half of those that no client holds, but not too many of them."""
+    assert sizing.room_for_probes(idle, probing) == expected
 
 
 # -- When ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("option", "period"),
     [
-        pytest.param({"overflow_ttl": 2.0}, 2, id="overflow"),
-        pytest.param({"idle_timeout": 3.0}, 3, id="idle"),
-        pytest.param({"max_lifetime": 4.0}, 4, id="lifetime"),
-        pytest.param({"check_interval": 5.0}, 5, id="probes"),
-        pytest.param({"overflow_ttl": 0, "check_interval": 5.0}, 5, id="overflow that leaves at once"),
-        pytest.param({"idle_timeout": 3.0, "max_lifetime": 2.0}, 2, id="the shortest of two"),
-        pytest.param({}, math.inf, id="none"),
+        pytest.param("overflow_ttl", "surplus", id="overflow"),
+        pytest.param("max_lifetime", "lifetime", id="lifetime"),
+        pytest.param("idle_timeout", "idle", id="idle"),
+        pytest.param("check_interval", "probe", id="probes"),
+        pytest.param("held_warning", "held", id="long checkouts"),
     ],
 )
-def test_the_shortest_period(options: dict[str, float], expected: float) -> None:
-    """Of those that the options set; less the tenth that chance may take off."""
-    none = {"overflow_ttl": math.inf, "check_interval": math.inf}
-    found = sizing.shortest_period(Options(hooks=Hooks(), **{**none, **options}))  # type: ignore[arg-type]
-    assert found == pytest.approx(0.9 * expected)
+def test_the_periods(option: str, period: str) -> None:
+    """Each is as long as its option says, less the tenth that chance may take off."""
+    options: Any = {"overflow_ttl": math.inf, "check_interval": math.inf, option: 5.0}
+    found = sizing.periods(Options(hooks=Hooks(), **options))._asdict()
+    assert found.pop(period) == pytest.approx(4.5)
+    assert set(found.values()) == {math.inf}
+
+
+def test_an_option_of_zero_sets_no_period() -> None:
+    """Overflow that leaves at once, and workers that are probed when they are handed out."""
+    found = sizing.periods(Options(overflow_ttl=0, check_interval=0))
+    assert found.surplus == found.probe == math.inf
 
 
 @pytest.mark.parametrize(
-    ("due", "shortest", "expected"),
+    ("due", "pause", "expected"),
     [
-        pytest.param(104, 10, 104, id="when the first is due"),
-        pytest.param(110, 10, 110, id="due when a new one may be"),
-        pytest.param(111, 10, 110, id="a new one may be due earlier"),
-        pytest.param(math.inf, 10, 110, id="none is due"),
-        pytest.param(100.1, 10, 100.5, id="it was due too soon"),
-        pytest.param(90, 10, 100.5, id="it is overdue"),
-        pytest.param(100.5, 10, 100.5, id="due as soon as may be"),
-        pytest.param(math.inf, math.inf, math.inf, id="nothing will ever be due"),
+        pytest.param(104, 0.5, 104, id="when the first is due"),
+        pytest.param(110, 0.5, 110, id="due when a new one may be"),
+        pytest.param(111, 0.5, 110, id="a new one may be due earlier"),
+        pytest.param(math.inf, 0.5, 110, id="none is due"),
+        pytest.param(100.1, 0.5, 100.5, id="it was due too soon"),
+        pytest.param(90, 0.5, 100.5, id="it is overdue"),
+        pytest.param(100.5, 0.5, 100.5, id="due as soon as may be"),
+        pytest.param(90, 20, 110, id="a pause that is too long"),
     ],
 )
-def test_when_maintenance_runs_again(due: float, shortest: float, expected: float) -> None:
-    """When a worker comes due, but at most once in a twentieth of the shortest period."""
-    assert sizing.next_maintenance(NOW, due, shortest) == expected
+def test_when_maintenance_looks_again(due: float, pause: float, expected: float) -> None:
+    """When a worker comes due, but after a pause, and before one comes due that changes hands now."""
+    assert sizing.next_look(NOW, due, pause, 10) == expected
+
+
+def test_where_nothing_comes_due() -> None:
+    """There is no other look."""
+    assert sizing.next_look(NOW, math.inf, math.inf, math.inf) == math.inf

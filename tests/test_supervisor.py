@@ -292,6 +292,28 @@ async def test_closing_what_has_crashed_is_bounded(autojump_clock: trio.testing.
         assert session.statistics().lost == 1
 
 
+async def test_a_worker_that_crashes_and_is_evicted_at_once() -> None:
+    """Its task is woken by the crash, and not again by the pool before it has had its turn."""
+    shop = Workshop()
+    scopes: list[trio.CancelScope] = []
+
+    class Fragile(Manager):
+        @asynccontextmanager
+        async def lifespan(self) -> AsyncIterator[Tool]:
+            async with trio.open_nursery() as nursery, super().lifespan() as tool:
+                scopes.append(nursery.cancel_scope)
+                yield tool
+
+    async with whitepool.open_pool(Fragile(shop), pool_size=1) as session:
+        await trio.testing.wait_all_tasks_blocked()
+        scopes[0].cancel()
+        session.resize(0, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        check_books(session)
+        assert session.statistics().retired == 1
+    assert not shop.alive
+
+
 async def test_a_start_that_was_given_up_too_late_to_notice(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

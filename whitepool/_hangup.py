@@ -23,14 +23,18 @@ class HangupWatch(Generic[T]):
     def __init__(self) -> None:
         self.watched: dict[int, T] = {}
         """The worker of each descriptor that is watched."""
-        self._epoll = select.epoll() if sys.platform == "linux" else None
+        # There is none, and Trio has none to wait for, before there is something to watch.
+        self._epoll: select.epoll | None = None
+        self._begun = trio.Event()
 
     def add(self, fileno: int | None, worker: T) -> None:
         """Watch a descriptor, unless it is None, or can't be watched (a regular file)."""
-        if self._epoll is not None and fileno is not None:
+        if sys.platform == "linux" and fileno is not None:
+            self._epoll = self._epoll or select.epoll()
             with suppress(OSError, ValueError, OverflowError):
                 self._epoll.register(fileno, select.EPOLLRDHUP)
                 self.watched[fileno] = worker
+                self._begun.set()
 
     def remove(self, fileno: int | None, worker: T) -> None:
         """Stop watching a descriptor. It need not be watched."""
@@ -55,11 +59,10 @@ class HangupWatch(Generic[T]):
 
     async def wait(self) -> None:
         """Return when `hung_up` may have something to return."""
-        if self._epoll is None:
-            await trio.sleep_forever()
-        else:
-            with suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(self._epoll)
+        await self._begun.wait()
+        assert self._epoll is not None
+        with suppress(trio.ClosedResourceError):
+            await trio.lowlevel.wait_readable(self._epoll)
 
     def close(self) -> None:
         """Stop watching everything. The watched descriptors stay open."""

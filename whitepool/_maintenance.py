@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import count
 from typing import Generic, TypeVar
 
 import trio
@@ -20,6 +22,28 @@ from ._options import Options
 from ._roster import Roster
 
 T = TypeVar("T")
+
+
+class Duty:
+    """Something that comes due for one worker after the other, of all those in a pool.
+
+    Args:
+      look: does what is due, and returns when more is, as things are.
+      pause: from one look to the next, at least, in seconds.
+      period: how long it takes at least until a worker that changes hands now comes due, in seconds.
+    """
+
+    def __init__(self, look: Callable[[float], float], *, pause: float, period: float) -> None:
+        self.due = -math.inf
+        """When to look again."""
+        self._look = look
+        self._pause = pause
+        self._period = period
+
+    def do_if_due(self, now: float) -> None:
+        """Look at the workers, unless none can be due yet."""
+        if self.due <= now:
+            self.due = sizing.next_look(now, self._look(now), self._pause, self._period)
 
 
 class Maintenance(Generic[T]):
@@ -44,7 +68,21 @@ class Maintenance(Generic[T]):
         self._options = options
         self._evict = evict
         self._replace = replace
-        self._report_held = report_held
+        periods = sizing.periods(options)
+        pause = sizing.PAUSE_FRACTION * min(periods)
+        self._duties = [
+            Duty(self._evict_surplus, pause=pause, period=periods.surplus),
+            Duty(self._mark_old, pause=pause, period=periods.lifetime),
+            Duty(self._mark_unused, pause=pause, period=periods.idle),
+            Duty(self._probe, pause=sizing.PROBE_RETRY, period=periods.probe),
+            Duty(report_held, pause=pause, period=periods.held),
+        ]
+        # What an idle pool costs is nearly all for probes, and for the wakes that begin them.
+        self._probe_pause = sizing.PAUSE_FRACTION * periods.probe
+        # A heap: when each worker may have to be probed, at the earliest. A use puts that off, which is
+        # found out when it is time, because a use must cost nothing. A number decides between equals.
+        self._coming: list[tuple[float, int, Entry[T]]] = []
+        self._numbers = count()
         self._now = trio.lowlevel.current_clock().current_time
         self._nap = trio.CancelScope()
         # When an idle worker was last suspected to be of no use; when all suspects were last probed,
@@ -52,6 +90,16 @@ class Maintenance(Generic[T]):
         self._suspected_at = -math.inf
         self._suspects_probed_at = -math.inf
         self._suspects_due = math.inf
+
+    def add(self, entry: Entry[T]) -> None:
+        """Look after a worker that has been opened, until it has to leave."""
+        if entry.can_be_checked and 0 < self._options.check_interval < math.inf:
+            # Those that have left are forgotten when it is their time, or when there are many of them.
+            if len(self._coming) > 64 + 2 * len(self._roster.entries):
+                self._coming = [item for item in self._coming if item[2].evict_reason is None]
+                heapify(self._coming)
+            due = sizing.probe_at(entry, self._options.check_interval, self._now())
+            heappush(self._coming, (due, next(self._numbers), entry))
 
     def probe_all(self) -> None:
         """Have all idle workers probed at once: what made one of them useless may go for all.
@@ -69,20 +117,16 @@ class Maintenance(Generic[T]):
     @enable_ki_protection
     async def run(self) -> None:
         """Do what is due, and sleep until more may be. It never ends."""
-        shortest = sizing.shortest_period(self._options)
         while True:
             began = self._now()
-            due = min(
-                self._evict_surplus(began),
-                self._mark_expired(began),
-                self._probe(began),
-                self._report_held(began),
-            )
-            wake_at = min(sizing.next_maintenance(began, due, shortest), self._probe_suspects(began))
+            for duty in self._duties:
+                duty.do_if_due(began)
+            due = min(duty.due for duty in self._duties)
+            wake_at = min(due, self._probe_suspects(began))
             with trio.CancelScope(deadline=wake_at) as self._nap:
                 await trio.sleep_forever()
 
-    # Each of these returns when the next worker comes due.
+    # -- Duties: each returns when the next worker comes due -----------------------------------------
 
     def _evict_surplus(self, now: float) -> float:
         """Evict overflow workers that no client has needed for `overflow_ttl`.
@@ -96,32 +140,44 @@ class Maintenance(Generic[T]):
             self._evict(entry, "overflow")
         return next_due
 
-    def _mark_expired(self, now: float) -> float:
-        """Mark workers that are alive and well, but too old, or unused for too long.
+    def _mark_old(self, now: float) -> float:
+        """Mark workers that are alive and well, but too old."""
+        too_old, next_due = sizing.lifetime_expired(self._roster.entries, now)
+        self._mark(too_old, "lifetime")
+        return next_due
 
-        They go when the supervisor has their replacements, if the pool wants any.
-        """
-        roster, options = self._roster, self._options
-        too_old, lifetime_due = sizing.lifetime_expired(roster.entries, now)
-        for entry in too_old:
-            roster.mark(entry, "lifetime")
-        unused, idle_due = sizing.idle_expired(roster.idle, options.idle_timeout, now)
-        for entry in unused:
-            roster.mark(entry, "idle")
-        if too_old or unused:
+    def _mark_unused(self, now: float) -> float:
+        """Mark workers that are alive and well, but unused for too long."""
+        unused, next_due = sizing.idle_expired(self._roster.idle, self._options.idle_timeout, now)
+        self._mark(unused, "idle")
+        return next_due
+
+    def _mark(self, entries: list[Entry[T]], reason: Reason) -> None:
+        """Mark workers, which go when the supervisor has their replacements, if the pool wants any."""
+        for entry in entries:
+            self._roster.mark(entry, reason)
+        if entries:
             self._replace()
-        return min(lifetime_due, idle_due)
 
     def _probe(self, now: float) -> float:
         """Have idle workers probed that have given no sign of life for `check_interval`.
 
         Each comes back through the supervisor's channel, or is evicted.
         """
-        roster = self._roster
-        interval = self._options.check_interval
-        silent, next_due = sizing.probe_due(roster.idle, len(roster.probes), interval or math.inf, now)
-        self._have_probed(silent, now)
-        return next_due
+        roster, coming, interval = self._roster, self._coming, self._options.check_interval
+        room = sizing.room_for_probes(len(roster.idle), len(roster.probes))
+        while coming and coming[0][0] <= now:
+            _, number, entry = coming[0]
+            if entry.evict_reason is not None:
+                heappop(coming)
+                continue
+            if sizing.probe_at(entry, interval, now) <= now:
+                if room <= 0:
+                    return now  # as soon as may be
+                room -= 1
+                self._have_probed([entry], now)
+            heapreplace(coming, (sizing.probe_at(entry, interval, now), number, entry))
+        return max(coming[0][0], now + self._probe_pause) if coming else math.inf
 
     def _probe_suspects(self, now: float) -> float:
         """Have all suspects probed, if that is due."""

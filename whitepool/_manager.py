@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, Union, cast
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 close_timeout: ContextVar[float] = ContextVar("close_timeout", default=5.0)
-"""Seconds for closing a worker, in each worker task. A context variable, because `lifespan` may be the
-user's own, and takes no arguments."""
+"""Seconds for closing a worker, in the tasks of a pool. A context variable, because `lifespan` may be
+the user's own, and takes no arguments."""
 
 METHOD_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "create": (),
@@ -36,7 +36,8 @@ METHOD_ARGUMENTS: dict[str, tuple[str, ...]] = {
 
 on_discarded: ContextVar[Callable[[], None]] = ContextVar("on_discarded", default=lambda: None)
 """For a manager to call in its `reset`, if that throws away what a client has written. Each worker task
-sets this context variable, because `reset` may be the user's own, which calls the one it overrides."""
+sets this context variable for that, because `reset` may be the user's own, which calls the one it
+overrides."""
 
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
@@ -97,15 +98,13 @@ class WorkerManager(Generic[T]):
                 return number if isinstance(number, int) else None
         return None
 
-    @asynccontextmanager
-    async def lifespan(self) -> AsyncIterator[T]:
-        """Yield a worker, from `create` to `close`.
+    def lifespan(self) -> AbstractAsyncContextManager[T]:
+        """Return an async context manager that yields a worker, from `create` to `close`.
 
         Override it for workers that need a nursery of their own. It is entered and left in the worker's
         own task. When one of its background tasks crashes, the worker is replaced.
         """
-        async with _closing(await self._create_ready(), self) as worker:
-            yield worker
+        return _Lifespan(self._create_ready, self)
 
     async def _create_ready(self) -> T:
         """Open a worker by `create`, and explain its refusals. Default: there is nothing to explain."""
@@ -138,23 +137,18 @@ class FactoryManager(WorkerManager[T]):
     def __init__(self, factory: Factory[T]) -> None:
         self._factory = factory
 
-    @asynccontextmanager
-    async def lifespan(self) -> AsyncIterator[T]:
+    def lifespan(self) -> AbstractAsyncContextManager[T]:
         made: object = self._factory()
         # This comes first: some objects can be awaited as well, but only the context manager knows how
         # to close what it opened.
         if hasattr(made, "__aenter__") and hasattr(made, "__aexit__"):
-            async with cast("AbstractAsyncContextManager[T]", made) as worker:
-                yield worker
-        elif inspect.isawaitable(made):
-            opened = cast("T", await made)
-            async with _closing(opened, manager_of(opened, self)) as worker:
-                yield worker
-        else:
-            raise PoolStartError(
-                "the factory must return an awaitable or an async context manager, "
-                f"not {type(made).__name__}"
-            )
+            return cast("AbstractAsyncContextManager[T]", made)
+        if inspect.isawaitable(made):
+            return _Lifespan(lambda: cast("Awaitable[T]", made), self)
+        raise PoolStartError(
+            "the factory must return an awaitable or an async context manager, "
+            f"not {type(made).__name__}"
+        )
 
 
 async def created_by(manager: WorkerManager[T]) -> T:
@@ -204,27 +198,37 @@ def _check_manager(manager: WorkerManager[Any]) -> None:
         )
 
 
-@asynccontextmanager
-async def _closing(worker: T, manager: WorkerManager[T]) -> AsyncIterator[T]:
-    """Close a worker at the end of a block, within `close_timeout`.
+class _Lifespan(AbstractAsyncContextManager[T]):
+    """A worker, from when it is opened until it has been closed.
 
-    It is shielded: if opening the worker was given up, or one of its own tasks has crashed, everything
-    around it has been cancelled. What ended the block is not hidden by a close that takes too long.
+    A class, because each worker keeps its own: a generator would take a KiB.
     """
-    seconds = close_timeout.get()
-    scope = trio.CancelScope(shield=True)
-    try:
-        yield worker
-    except BaseException:
-        scope.deadline = trio.current_time() + seconds
-        with scope:
-            await manager.close(worker)
-        raise
-    scope.deadline = trio.current_time() + seconds
-    with scope:
-        await manager.close(worker)
-    if scope.cancelled_caught:
-        raise trio.TooSlowError(f"not closed within {seconds} s")
+
+    __slots__ = ("_manager", "_open", "_worker")
+
+    def __init__(self, open: Callable[[], Awaitable[T]], manager: WorkerManager[T]) -> None:
+        self._open: Callable[[], Awaitable[T]] | None = open
+        self._manager = manager
+
+    async def __aenter__(self) -> T:
+        assert self._open is not None
+        self._worker = await self._open()
+        self._open = None
+        self._manager = manager_of(self._worker, self._manager)
+        return self._worker
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Close the worker, within `close_timeout`.
+
+        It is shielded: if opening the worker was given up, or one of its own tasks has crashed,
+        everything around it has been cancelled. What ended the block is not hidden by a close that
+        takes too long.
+        """
+        seconds = close_timeout.get()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + seconds) as scope:
+            await self._manager.close(self._worker)
+        if scope.cancelled_caught and error is None:
+            raise trio.TooSlowError(f"not closed within {seconds} s")
 
 
 def manager_of(worker: T, manager: WorkerManager[T]) -> WorkerManager[T]:

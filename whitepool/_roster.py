@@ -5,7 +5,10 @@ The roster is plain data, changed between two awaits: Trio runs one task at a ti
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import bisect_left, bisect_right
+from collections import Counter, OrderedDict, deque
+from collections.abc import Collection
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from ._entry import REASONS, TRANSITIONS, Entry, Reason, State
@@ -16,6 +19,8 @@ T = TypeVar("T")
 
 # The hot path uses these: to look up a member of an enum costs more than to compare with it.
 IDLE, IN_USE = State.IDLE, State.IN_USE
+
+_idle_since = attrgetter("idle_since")
 
 
 class IllegalTransition(Exception):
@@ -36,11 +41,11 @@ class Roster(Generic[T]):
         self.entries: dict[Entry[T], None] = {}
         """A set in order: the one that was started first comes first."""
         self.idle: deque[Entry[T]] = deque()
-        """The idle ones. The right end was in use last."""
+        """The idle ones, in the order of their `idle_since`. The right end was in use last."""
         self.probes: dict[Entry[T], float] = {}
         """Those that are SERVICING for a probe, and since when. The oldest probe comes first."""
-        self.expiring = 0
-        """How many are `Entry.is_expiring`."""
+        self.expiring: OrderedDict[Entry[T], None] = OrderedDict()
+        """Those that are `Entry.is_expiring`, in the order in which they were marked."""
         self._counters = counters
         # Only for the states that the hot path does not touch. The rest follows from them.
         self._in_state = {State.OPENING: 0, State.SERVICING: 0, State.CLOSING: 0}
@@ -83,7 +88,7 @@ class Roster(Generic[T]):
     @property
     def lasting(self) -> int:
         """Workers that are open, and not about to be replaced."""
-        return self.open - self.expiring
+        return self.open - len(self.expiring)
 
     # -- Changes -------------------------------------------------------------------------------------
 
@@ -95,6 +100,15 @@ class Roster(Generic[T]):
     def next_idle(self) -> Entry[T]:
         """Return the worker that `take_idle` would take."""
         return self.idle[-1 if self._is_lifo else 0]
+
+    def next_expiring(self) -> Entry[T] | None:
+        """Return an idle worker that is to be replaced; None if there is none."""
+        # Either may be long: all are idle, or all those that are to be replaced are in use.
+        fewer: Collection[Entry[T]] = min(self.idle, self.expiring, key=len)
+        for entry in fewer:
+            if entry.state is IDLE and entry in self.expiring:
+                return entry
+        return None
 
     def take_idle(self, now: float) -> Entry[T]:
         """Make the next idle worker one in use. Raises `IndexError` if there is none.
@@ -128,7 +142,8 @@ class Roster(Generic[T]):
         if state not in TRANSITIONS[before]:
             raise IllegalTransition(f"from {before.name} to {state.name}")
         if before is State.IDLE:
-            self.idle.remove(entry)
+            first = bisect_left(self.idle, entry.idle_since, key=_idle_since)
+            del self.idle[self.idle.index(entry, first)]
         elif before in self._in_state:
             self._in_state[before] -= 1
             self.probes.pop(entry, None)
@@ -137,13 +152,9 @@ class Roster(Generic[T]):
         if state is State.CLOSING and before is not State.OPENING:
             assert entry.evict_reason is not None
             self._counters[REASONS[entry.evict_reason].counter] += 1
-            self.expiring -= entry.is_expiring
+            self.expiring.pop(entry, None)
         if state is State.IDLE:
-            position = len(self.idle)
-            for other in reversed(self.idle):
-                if other.idle_since <= entry.idle_since:
-                    break
-                position -= 1
+            position = bisect_right(self.idle, entry.idle_since, key=_idle_since)
             self.idle.insert(position, entry)
         elif state in self._in_state:
             self._in_state[state] += 1
@@ -151,9 +162,10 @@ class Roster(Generic[T]):
 
     def mark(self, entry: Entry[T], reason: Reason) -> None:
         """Note why a worker has to leave; evict nothing. When it may go follows from the reason."""
-        self.expiring -= entry.is_expiring
+        self.expiring.pop(entry, None)
         entry.evict_reason = reason
-        self.expiring += entry.is_expiring
+        if entry.is_expiring:
+            self.expiring[entry] = None
 
     def remove(self, entry: Entry[T]) -> None:
         """Remove a worker that has been closed. Its state must be CLOSING."""
@@ -171,7 +183,7 @@ class Roster(Generic[T]):
         assert len(self.idle) == len(set(self.idle)) == states[State.IDLE]
         assert all(entry.state is State.IDLE and entry in self.entries for entry in self.idle)
         assert all(entry.state is State.SERVICING for entry in self.probes)
-        assert self.expiring == sum(entry.is_expiring for entry in self.entries)
+        assert set(self.expiring) == {entry for entry in self.entries if entry.is_expiring}
         times = [entry.idle_since for entry in self.idle]
         assert times == sorted(times), f"not in the order of their last use: {times}"
         counters = self._counters

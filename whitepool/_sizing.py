@@ -7,23 +7,27 @@ Every decision here is a function of plain values, and changes nothing. `Starter
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from ._entry import SMALLEST_JITTER, Entry, State
 from ._options import Options
 
 T = TypeVar("T")
 
-MIN_MAINTENANCE_FRACTION = 0.05
-"""Maintenance runs at most this often, as a fraction of the shortest period that an option sets,
-because each pass looks at all workers. What comes due in between is done together."""
+PAUSE_FRACTION = 0.05
+"""What comes due within this fraction of a period is done together, so that few wakes are needed."""
 
 PROBE_ALL_PAUSE = 1.0
 """Seconds from one time that all idle workers are probed at once to the next."""
 
 PROBE_RETRY = 0.05
 """Seconds after which a probe that was put off, because others are under way, is looked at again."""
+
+MOST_PROBES = 100
+"""Probes that are begun together, so that they don't keep other tasks from running for long. The next
+follow after `PROBE_RETRY`."""
 
 
 def how_many_to_start(
@@ -84,31 +88,44 @@ def may_retire(
     return is_full and is_first and not is_failing
 
 
-def shortest_period(options: Options) -> float:
-    """Return how long it takes at least until a worker that changes hands now comes due, in seconds."""
-    return SMALLEST_JITTER * min(
-        options.overflow_ttl or math.inf,
-        options.idle_timeout,
-        options.max_lifetime,
-        options.check_interval or math.inf,
-        options.held_warning,
+class Periods(NamedTuple):
+    """How long it takes at least until a worker that changes hands now comes due, in seconds."""
+
+    surplus: float
+    lifetime: float
+    idle: float
+    probe: float
+    held: float
+
+
+def periods(options: Options) -> Periods:
+    """Return the periods that the options set; `math.inf` where no worker ever comes due."""
+    return Periods(
+        surplus=SMALLEST_JITTER * (options.overflow_ttl or math.inf),
+        lifetime=SMALLEST_JITTER * options.max_lifetime,
+        idle=SMALLEST_JITTER * options.idle_timeout,
+        probe=SMALLEST_JITTER * (options.check_interval or math.inf),
+        held=SMALLEST_JITTER * options.held_warning,
     )
 
 
-def next_maintenance(now: float, due: float, shortest: float) -> float:
-    """Return when maintenance runs again; `due` is when the first worker comes due, as things are."""
-    return max(now + MIN_MAINTENANCE_FRACTION * shortest, min(due, now + shortest))
+def next_look(now: float, due: float, pause: float, period: float) -> float:
+    """Return when to look again for workers that are due; `due` is when the first is, as things are.
+
+    That is after a `pause` at the earliest. A worker that changes hands now may be due after `period`.
+    """
+    return min(max(due, now + pause), now + period)
 
 
 # The following return the entries that are due, and the time at which the first of the others is.
 
 
 def surplus(
-    idle: Sequence[Entry[T]], excess: int, overflow_ttl: float, now: float
+    idle: Iterable[Entry[T]], excess: int, overflow_ttl: float, now: float
 ) -> tuple[list[Entry[T]], float]:
     """Find up to `excess` workers, the longest idle first, that were idle for `overflow_ttl`."""
     found: list[Entry[T]] = []
-    for entry in list(idle)[: max(0, excess)]:
+    for entry in islice(idle, max(0, excess)):
         due = entry.idle_since + overflow_ttl
         if due > now:
             return found, due
@@ -118,8 +135,8 @@ def surplus(
 
 def lifetime_expired(entries: Iterable[Entry[T]], now: float) -> tuple[list[Entry[T]], float]:
     """Find open workers past their `max_lifetime`."""
-    staying = [entry for entry in entries if entry.is_open and entry.evict_reason is None]
-    found = [entry for entry in staying if entry.expires_at <= now]
+    staying = [entry for entry in entries if entry.evict_reason is None]
+    found = [entry for entry in staying if entry.expires_at <= now and entry.is_open]
     return found, min(
         (entry.expires_at for entry in staying if entry.expires_at > now), default=math.inf
     )
@@ -128,10 +145,14 @@ def lifetime_expired(entries: Iterable[Entry[T]], now: float) -> tuple[list[Entr
 def idle_expired(
     idle: Iterable[Entry[T]], idle_timeout: float, now: float
 ) -> tuple[list[Entry[T]], float]:
-    """Find idle workers that were not used for `idle_timeout`."""
+    """Find idle workers that were not used for `idle_timeout`; the longest idle must come first."""
     found: list[Entry[T]] = []
     next_due = math.inf
     for entry in idle:
+        # With its jitter, one that comes later may come due earlier, but not before this.
+        earliest = entry.idle_since + idle_timeout * SMALLEST_JITTER
+        if earliest > max(now, next_due):
+            break
         if entry.evict_reason is None:
             due = entry.idle_since + idle_timeout * entry.jitter
             if due <= now:
@@ -141,25 +162,23 @@ def idle_expired(
     return found, next_due
 
 
-def probe_due(
-    idle: Sequence[Entry[T]], probing: int, check_interval: float, now: float
-) -> tuple[list[Entry[T]], float]:
-    """Find idle workers that have given no sign of life for `check_interval`.
+def probe_at(entry: Entry[T], check_interval: float, now: float) -> float:
+    """Return when a worker will have given no sign of life for `check_interval`, at the earliest.
 
-    `probing` workers are being probed already. No more than half of those that no client holds are
-    probed at the same time, so that a probe delays no client that another worker could serve.
+    While it is not idle, it gives one.
     """
-    found: list[Entry[T]] = []
-    next_due = math.inf
-    room = max(1, (len(idle) + probing) // 2) - probing
-    for entry in idle:
-        if entry.can_be_checked and entry.evict_reason is None:
-            due = max(entry.idle_since, entry.probed_at) + check_interval * entry.jitter
-            if due <= now and len(found) < room:
-                found.append(entry)
-            else:
-                next_due = min(next_due, max(due, now + PROBE_RETRY))
-    return found, next_due
+    is_idle = entry.state is State.IDLE
+    last_sign = max(entry.idle_since, entry.probed_at) if is_idle else now
+    return last_sign + check_interval * entry.jitter
+
+
+def room_for_probes(idle: int, probing: int) -> int:
+    """Return how many idle workers may be probed now, while `probing` workers are; 0 or less: none.
+
+    No more than half of those that no client holds are probed at the same time, so that a probe delays
+    no client that another worker could serve.
+    """
+    return min(max(1, (idle + probing) // 2) - probing, MOST_PROBES)
 
 
 def suspects(idle: Iterable[Entry[T]], since: float) -> list[Entry[T]]:

@@ -17,7 +17,7 @@ from ._hangup import HangupWatch
 from ._holding import Holding
 from ._log import PoolLog
 from ._maintenance import Maintenance
-from ._manager import WorkerManager, manager_of
+from ._manager import WorkerManager, close_timeout, manager_of
 from ._operating import Operator
 from ._options import Options
 from ._roster import IN_USE, Roster
@@ -303,6 +303,7 @@ class Supervisor(Generic[T]):
     def on_opened(self, entry: Entry[T]) -> None:
         self.roster.move(entry, State.SERVICING)
         self._hangups.add(entry.fileno, entry)
+        self._maintenance.add(entry)
         self.starter.on_opened(entry)
 
     def on_open_failed(self, entry: Entry[T], error: Exception, begun: float) -> None:
@@ -377,6 +378,7 @@ class Supervisor(Generic[T]):
     @enable_ki_protection
     async def run(self) -> None:
         """Supervise until the pool has been drained. Only `drain` and `close_now` end it."""
+        close_timeout.set(self.options.close_timeout)
         try:
             with trio.CancelScope(shield=True):
                 async with trio.open_nursery() as self._nursery:
@@ -461,17 +463,17 @@ class Supervisor(Generic[T]):
         if self.draining:
             surplus = max(surplus, roster.opening - self.queue.waiting)
         if surplus > 0:
-            opening = [entry for entry in roster.entries if entry.state is State.OPENING]
-            for entry in opening[-surplus:]:  # those that began last
-                self.evict(entry, "shutdown" if self.draining else "overflow")
+            if roster.opening:
+                opening = [entry for entry in roster.entries if entry.state is State.OPENING]
+                for entry in opening[-surplus:]:  # those that began last
+                    self.evict(entry, "shutdown" if self.draining else "overflow")
         elif self._no_lingering:
             self._no_lingering = self.options.overflow_ttl == 0  # the pool has shrunk
 
     def _retire_expiring(self) -> None:
         """Evict the idle workers that are to be replaced, as far as others are there in their place."""
-        if self.roster.expiring:
-            for entry in [entry for entry in self.roster.idle if entry.is_expiring]:
-                self._evict_if_due(entry)
+        while (entry := self.roster.next_expiring()) is not None and self._evict_if_due(entry):
+            pass
 
     # -- Hang-ups ------------------------------------------------------------------------------------
 

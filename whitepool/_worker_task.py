@@ -13,12 +13,20 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import trio
-from trio.lowlevel import ParkingLot, checkpoint_if_cancelled, enable_ki_protection
+from trio.lowlevel import (
+    Abort,
+    Task,
+    checkpoint_if_cancelled,
+    current_task,
+    enable_ki_protection,
+    reschedule,
+    wait_task_rescheduled,
+)
 
 from ._entry import Entry, Reason, State
 from ._errors import PoolStartError, unwrapped
 from ._hooks import call, takes_last_words
-from ._manager import WorkerManager, close_timeout, manager_of, on_discarded
+from ._manager import WorkerManager, manager_of, on_discarded
 from ._options import Options
 
 T = TypeVar("T")
@@ -67,7 +75,7 @@ class WorkerTask(Generic[T]):
         "_manager",
         "_options",
         "_owner",
-        "_parking_lot",
+        "_sleeper",
     )
 
     def __init__(
@@ -80,9 +88,10 @@ class WorkerTask(Generic[T]):
         # Only the owner ends a worker: a client that is being cancelled may still need it. The owner
         # may do so before the task has begun.
         self._life = trio.CancelScope(shield=True)
-        self._activity = trio.CancelScope()
+        # A worker sleeps for most of its life, so what it needs only in between is made then.
+        self._activity: trio.CancelScope | None = None
         self._job: Callable[[], Awaitable[None]] | None = None
-        self._parking_lot = ParkingLot()
+        self._sleeper: Task | None = None  # the task itself, while it waits for something to do
 
     def reset(self) -> None:
         """Have the worker made ready for its next client: by the hook `on_checkin`, and a reset."""
@@ -95,15 +104,21 @@ class WorkerTask(Generic[T]):
     def close(self, *, is_open: bool) -> None:
         """Have the worker closed; if it is not open yet, have the opening given up."""
         if is_open:
-            self._activity.cancel()
-            self._parking_lot.unpark()
+            if self._activity is not None:
+                self._activity.cancel()
+            self._wake()
         else:
             self._life.cancel()
 
     def _wake_for(self, job: Callable[[], Awaitable[None]]) -> None:
         # There is never more than one: a worker gets its next job only when it is ready again.
         self._job = job
-        self._parking_lot.unpark()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._sleeper is not None:
+            task, self._sleeper = self._sleeper, None
+            reschedule(task)
 
     # A Ctrl-C belongs to the main task, not to the worker task that happens to run.
     @enable_ki_protection
@@ -115,8 +130,6 @@ class WorkerTask(Generic[T]):
         failure: Exception | None = None
         # The one scope around everything bounds first the opening, then nothing, then the closing.
         self._life.deadline = begun + options.start_timeout
-        close_timeout.set(options.close_timeout)
-        on_discarded.set(partial(owner.on_discarded, entry))
         try:
             with self._life:
                 await checkpoint_if_cancelled()  # it may have been given up already
@@ -203,25 +216,36 @@ class WorkerTask(Generic[T]):
         self._owner.on_ready(self._entry)
         while self._entry.state is not State.CLOSING:
             if self._job is None:
-                await self._parking_lot.park()
+                self._sleeper = current_task()
+                await wait_task_rescheduled(self._on_cancelled)
                 continue
             job, self._job = self._job, None
             await job()
 
+    def _on_cancelled(self, _: object) -> Abort:
+        self._sleeper = None
+        return Abort.SUCCEEDED
+
     async def _reset_with_hooks(self) -> None:
         """Make a returned worker ready: the hook `on_checkin`, a reset if it is needed, and the hook
         `after_release` when it may be used again."""
+        discarding = on_discarded.set(partial(self._owner.on_discarded, self._entry))
+        is_ready = await self._make_ready()
+        on_discarded.reset(discarding)
+        if is_ready:
+            self._owner.on_ready(self._entry)
+            await self._call_quietly("after_release", self._options.reset_timeout)
+
+    async def _make_ready(self) -> bool:
+        """Do what has to be done before the worker may be used again, and say whether it succeeded."""
         if self._options.hooks.on_checkin is not None and not (
             await self._attempt("reset_failed", self._prepare_for_on_checkin)
             and await self._attempt("hook_failed", self._call_on_checkin)
         ):
-            return
-        if self._entry.needs_reset is not None and not await self._attempt(
+            return False
+        return self._entry.needs_reset is None or await self._attempt(
             "reset_failed", self._reset_where_needed
-        ):
-            return
-        self._owner.on_ready(self._entry)
-        await self._call_quietly("after_release", self._options.reset_timeout)
+        )
 
     async def _prepare_for_on_checkin(self) -> None:
         await self._manager._before_on_checkin(self._entry.worker)
@@ -247,23 +271,34 @@ class WorkerTask(Generic[T]):
         Where it did not, the worker has to leave for that reason.
         """
         timeout = self._options.reset_timeout
-        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
+        activity = self._activity_within(timeout)
         if self._entry.state is State.CLOSING:
-            self._activity.cancel()
+            activity.cancel()
         try:
-            with self._activity:
+            with activity:
                 await job()
                 return True
             raise trio.TooSlowError(f"not done within {timeout} s")
         except Exception as error:
             self._owner.on_service_failed(self._entry, reason, error)
+        finally:
+            self._activity = None
         return False
 
     async def _call_quietly(self, hook: str, timeout: float, *arguments: object) -> None:
         """Call a hook, within so many seconds, whose failure changes nothing."""
-        self._activity = trio.CancelScope(deadline=trio.current_time() + timeout)
+        function = getattr(self._options.hooks, hook)
+        if function is None:
+            return
         try:
-            with self._activity:
-                await call(getattr(self._options.hooks, hook), *arguments)
+            with self._activity_within(timeout):
+                await call(function, *arguments)
         except Exception as error:
             self._owner.on_hook_failed(hook, error)
+        finally:
+            self._activity = None
+
+    def _activity_within(self, timeout: float) -> trio.CancelScope:
+        """Make the scope of what the task is about to do, which `close` cancels."""
+        self._activity = scope = trio.CancelScope(deadline=trio.current_time() + timeout)
+        return scope
