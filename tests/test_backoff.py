@@ -63,9 +63,19 @@ def test_success_lets_the_others_follow() -> None:
     """At once, and without an error to report."""
     backoff = Backoff()
     backoff.failed(OSError(), begun=0, now=0)
-    backoff.succeeded()
+    backoff.succeeded(begun=0)
     assert backoff.last_error is None
     assert backoff.retry_at < 0
+
+
+def test_a_success_of_the_same_wave_ends_no_pause() -> None:
+    """It was under way when the other one failed: it says nothing of what the server does now."""
+    backoff = Backoff()
+    backoff.failed(OSError(), begun=0, now=1)
+    retry_at = backoff.retry_at
+    backoff.succeeded(begun=0.9)
+    assert backoff.last_error is None
+    assert backoff.retry_at == retry_at
 
 
 def test_the_last_error_is_kept() -> None:
@@ -109,7 +119,7 @@ def test_a_server_that_drops_what_it_takes_is_no_better() -> None:
     for _ in range(50):
         backoff = Backoff()
         for now in range(1, 10):
-            backoff.succeeded()
+            backoff.succeeded(begun=now - 0.1)
             backoff.failed(OSError(), begun=now - 0.1, now=now)
         longest = max(longest, backoff.retry_at - 9)
     assert longest > 0.4

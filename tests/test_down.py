@@ -121,6 +121,30 @@ async def test_workers_that_die_at_once_are_no_better(autojump_clock: MockClock)
         assert now.last_error is None or "are lost within" in now.last_error
 
 
+@pytest.mark.parametrize("pool_size", [1, 2, 5])
+async def test_workers_that_die_before_the_next_is_open_are_not_started_without_a_pause(
+    pool_size: int, autojump_clock: MockClock
+) -> None:
+    """A few starts in a second for each worker that the pool wants."""
+    shop = Workshop()
+    shop.before_open = lambda _: trio.sleep(0.01)
+
+    async def die() -> None:
+        while True:
+            await trio.sleep(0.003)
+            for tool in shop.alive:
+                tool.crash.set()
+
+    async with (
+        open_checked_pool(shop.with_nursery, pool_size=pool_size, max_overflow=0),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(die)
+        await trio.sleep(20)
+        nursery.cancel_scope.cancel()
+    assert shop.attempts < 20 * 4 * pool_size
+
+
 async def test_a_pool_that_shuts_down_says_that(autojump_clock: MockClock) -> None:
     """It is draining, and then closed, whether its server is there or not."""
     shop = Workshop()

@@ -48,10 +48,13 @@ class Backoff:
         has_passed = now > self.last_failure + start_timeout + FAILURE_RESET_AFTER
         return None if has_passed else self.last_error
 
-    def succeeded(self) -> None:
-        """Note that a start has succeeded: the others need not wait."""
+    def succeeded(self, *, begun: float) -> None:
+        """Note that a start which began at the time `begun` has succeeded: the others need not wait."""
         self.last_error = None
-        self.retry_at = -math.inf
+        # If it was under way when another one failed, the pause stays. Otherwise starts that take
+        # turns, each of whose workers dies before the next one is open, would go on without any.
+        if begun >= self.last_failure:
+            self.retry_at = -math.inf
 
     def failed(self, error: Exception, *, begun: float, now: float) -> None:
         """Note that a start which began at the time `begun` has failed."""

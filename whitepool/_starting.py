@@ -121,7 +121,7 @@ class Starter(Generic[T]):
         if self.is_failing and not self._is_full:
             self._log.info("start_recovered", failures=self.backoff.failures)
         self.down_since = None
-        self.backoff.succeeded()
+        self.backoff.succeeded(begun=entry.opened_at - entry.opening_time)
         self._log.debug("worker_started", seconds=round(entry.opening_time, 6))
         for observe in self._observers:
             observe(entry.opening_time)
