@@ -268,6 +268,23 @@ async def test_a_task_without_a_timeout_waits_for_the_server(autojump_clock: Moc
             outage.end()
 
 
+async def test_an_outage_begins_when_the_last_worker_goes(autojump_clock: MockClock) -> None:
+    """Not when the next attempt fails, if starts have failed before."""
+    shop = Workshop()
+
+    async def slowly_refuse(_: int) -> None:
+        await trio.sleep(3)
+        raise REFUSED
+
+    async with open_checked_pool(shop.with_nursery, pool_size=2, max_overflow=0, patience=1) as session:
+        shop.before_open = slowly_refuse
+        shop.tools[0].crash.set()
+        await trio.sleep(4)  # by now one attempt has failed, and the next is under way
+        shop.tools[1].crash.set()
+        await trio.sleep(1.5)
+        assert (await ask(session, 1.4))[0] == "PoolUnavailable"
+
+
 async def test_an_attempt_that_is_under_way_is_waited_for(autojump_clock: MockClock) -> None:
     """It may succeed. When it fails, the tasks that came too late for more are told at once."""
     shop = Workshop()

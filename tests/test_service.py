@@ -315,8 +315,10 @@ async def test_an_outage_is_answered_at_once(mortal_server: EmbeddedPostgres, er
         return trio.current_time() - began
 
     async def stays_away(service: Service) -> None:
-        # From when on the outage has lasted for longer than a request would wait.
-        await trio.sleep(0.5 + 0.2)
+        while (await service.http.get("/readyz")).json().get("state") != "down":
+            await trio.sleep(0.01)
+        # From then on the outage has lasted for longer than a request would wait.
+        await trio.sleep(0.5 + 0.1)
         refused.clear()
         for _ in range(100):
             assert await status(service) == 503

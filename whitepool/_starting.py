@@ -49,7 +49,7 @@ class Starter(Generic[T]):
         self._early_deaths = EarlyDeaths()
         self._observers: list[Callable[[float], None]] = []
         self.down_since: float | None = None
-        """When a start failed for the first time while no worker was alive. None: it isn't so."""
+        """Since when the pool is down. None while it is not."""
         # Whether the peer takes no more connections, and the pool has some. That is told once.
         self._is_full = False
 
@@ -164,6 +164,10 @@ class Starter(Generic[T]):
         if begun > self.backoff.last_failure + FAILURE_RESET_AFTER:
             self.down_since = None
         self.backoff.failed(error, begun=begun, now=now)
+        self.note_if_down(now)
+
+    def note_if_down(self, now: float) -> None:
+        """Note since when the pool is down. To be called when a start has failed or a worker leaves."""
         if self.down_since is None and self.is_down:
             self.down_since = now
 

@@ -191,6 +191,7 @@ class Supervisor(Generic[T]):
         self.roster.move(entry, State.CLOSING)
         if is_open:
             self._hangups.remove(entry.fileno, entry)
+            self.starter.note_if_down(self.now())
             last_words = self._last_words(entry, reason)
             if REASONS[reason].counter == "lost":
                 if not is_logged:
