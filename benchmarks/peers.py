@@ -104,8 +104,8 @@ class Pool:
         """Check a connection out and return it, at once or after a turn of the event loop."""
         raise NotImplementedError
 
-    async def fetch(self, query: str) -> None:
-        """Send a query through the pool, and fetch all of its rows."""
+    async def fetch(self, query: str, *parameters: object) -> None:
+        """Send a query, in the words of the driver, through the pool, and fetch all of its rows."""
         raise NotImplementedError
 
     async def fetch_within(self, seconds: float, query: str) -> None:
@@ -144,9 +144,9 @@ class Whitepool(Pool):
             await trio.lowlevel.checkpoint()
         self.session.checkin(resource)
 
-    async def fetch(self, query: str) -> None:
+    async def fetch(self, query: str, *parameters: object) -> None:
         async with self.session.worker() as connection:
-            cursor = await connection.execute(query)
+            cursor = await connection.execute(query, parameters or None)
             await cursor.fetchall()
 
     async def fetch_within(self, seconds: float, query: str) -> None:
@@ -181,9 +181,9 @@ class PsycopgPool(Pool):
             await asyncio.sleep(0)
         await self.pool.putconn(connection)
 
-    async def fetch(self, query: str) -> None:
+    async def fetch(self, query: str, *parameters: object) -> None:
         async with self.pool.connection() as connection:
-            cursor = await connection.execute(query)
+            cursor = await connection.execute(query, parameters or None)
             await cursor.fetchall()
 
     async def fetch_within(self, seconds: float, query: str) -> None:
@@ -215,9 +215,9 @@ class Asyncpg(Pool):
             await asyncio.sleep(0)
         await self.pool.release(connection)
 
-    async def fetch(self, query: str) -> None:
+    async def fetch(self, query: str, *parameters: object) -> None:
         async with self.pool.acquire() as connection:
-            await connection.fetch(query)
+            await connection.fetch(query, *parameters)
 
     async def fetch_within(self, seconds: float, query: str) -> None:
         async def fetch() -> None:
@@ -250,9 +250,9 @@ class Triopg(Pool):
             if turn:
                 await trio.lowlevel.checkpoint()
 
-    async def fetch(self, query: str) -> None:
+    async def fetch(self, query: str, *parameters: object) -> None:
         async with self.pool.acquire() as connection:
-            await connection.fetch(query)
+            await connection.fetch(query, *parameters)
 
 
 @dataclass
@@ -287,10 +287,10 @@ class Threads(Pool):
 
         await trio.to_thread.run_sync(checkout, limiter=self.limiter)
 
-    async def fetch(self, query: str) -> None:
+    async def fetch(self, query: str, *parameters: object) -> None:
         def fetch() -> None:
             with self.pool.connection() as connection:
-                connection.execute(query).fetchall()
+                connection.execute(query, parameters or None).fetchall()
 
         await trio.to_thread.run_sync(fetch, limiter=self.limiter)
 
@@ -324,9 +324,9 @@ class WithoutPool(Pool):
         """The limit for checkouts: what any operation on Trio costs that is a checkpoint."""
         await trio.lowlevel.checkpoint()
 
-    async def fetch(self, query: str) -> None:
+    async def fetch(self, query: str, *parameters: object) -> None:
         connection = self.free.pop()  # there is one for each task
-        cursor = await connection.execute(query)
+        cursor = await connection.execute(query, parameters or None)
         await cursor.fetchall()
         self.free.append(connection)
 
