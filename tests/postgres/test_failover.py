@@ -228,8 +228,9 @@ async def test_clients_survive_a_failover(doomed: Pair) -> None:
             await until(lambda: pool.statistics().starting == 0)
             async with pool.worker() as connection:
                 assert await port_of(connection) == doomed.standby.port
+            # Clients that had their answers when the primary crashed had no failure. That may be all.
+            assert pool.statistics().lost >= 5
             ledger.stopping = True
-    assert ledger.failures > 0
     heir = Onlooker(doomed.standby.dsn)
     written = heir.ask("SELECT array_agg(note) FROM ledger")
     heir.close()
