@@ -159,7 +159,7 @@ async def test_what_may_stay_lingers_as_overflow(autojump_clock: MockClock) -> N
             for resource in held:
                 session.checkin(resource)
         assert shop.attempts == 4
-        assert not session._supervisor._no_lingering  # a checkin is as quick as before
+        assert not session._supervisor._seeks_surplus  # a checkin is as quick as before
         await trio.sleep(30)
         assert session.statistics().idle == 1
 

@@ -56,8 +56,9 @@ class Supervisor(Generic[T]):
         self._hooks_on_return = (
             options.hooks.on_checkin is not None or options.hooks.after_release is not None
         )
-        # Whether surplus workers go when they are returned. They do, too, while a pool shrinks.
-        self._no_lingering = options.overflow_ttl == 0
+        # Whether a returned worker may be surplus, and then has to go: always with an `overflow_ttl` of
+        # 0, else while the pool shrinks.
+        self._seeks_surplus = options.overflow_ttl == 0
         # Whether each idle worker is probed before it is handed out.
         self.probes_first = options.check_interval == 0
         self._hangups: HangupWatch[Entry[T]] = HangupWatch()
@@ -111,7 +112,7 @@ class Supervisor(Generic[T]):
         Its state is IN_USE if a client has just returned it, else SERVICING.
         """
         # 1. The pool has been resized, and has too many.
-        if self._no_lingering and self.roster.too_many > 0:
+        if self._seeks_surplus and self.roster.too_many > 0:
             self.evict(entry, "overflow")
         # 2. A task waits for it.
         elif self.queue.waiting:
@@ -168,7 +169,7 @@ class Supervisor(Generic[T]):
         elif entry.evict_reason is not None and self._evict_if_due(entry):
             pass
         # 5. It is ready for its next client, and no task waits for it: the usual case.
-        elif not (self.queue.waiting or self.draining or self._no_lingering):
+        elif not (self.queue.waiting or self.draining or self._seeks_surplus):
             self.roster.put_idle(entry, now)
         # 6. What becomes of it depends.
         else:
@@ -286,7 +287,7 @@ class Supervisor(Generic[T]):
         """See `Operator`. Does nothing while the pool shuts down."""
         if not self.draining:
             self._operator.resize(pool_size, max_overflow)
-            self._no_lingering = self._no_lingering or self.roster.too_many > 0
+            self._seeks_surplus = self._seeks_surplus or self.roster.too_many > 0
             # What a nonblocking checkout waited for may have been given up: it must not wait for a
             # client now.
             for waiter in self.queue.nonblocking_beyond(self.standing.obtainable()):
@@ -468,8 +469,8 @@ class Supervisor(Generic[T]):
                 opening = [entry for entry in roster.entries if entry.state is State.OPENING]
                 for entry in opening[-surplus:]:  # those that began last
                     self.evict(entry, "shutdown" if self.draining else "overflow")
-        elif self._no_lingering:
-            self._no_lingering = self.options.overflow_ttl == 0  # the pool has shrunk
+        elif self._seeks_surplus:
+            self._seeks_surplus = self.options.overflow_ttl == 0  # the pool has shrunk
 
     def _retire_expiring(self) -> None:
         """Evict the idle workers that are to be replaced, as far as others are there in their place."""
