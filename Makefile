@@ -14,7 +14,7 @@ help:
 	@echo "make fuzz   a hundred thousand seeds against a mad server, and Ctrl-C at 25,000 instants: an hour"
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict"
-	@echo "make bench  the benchmarks, in ten minutes, in an environment of their own"
+	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"
 	@echo "make docs   the documentation, in docs/_build; a warning is an error"
 
 demo: $(VENV)/installed

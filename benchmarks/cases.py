@@ -7,13 +7,11 @@ figures are compared as whitepool's divided by the peer's.
 from __future__ import annotations
 
 import gc
-import tracemalloc
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
-from . import overload, soak
+from . import growth, idle, overload, queries, queues, soak
+from .case import Bound, Case, Figure, at_least, at_most
 from .peers import (
     ASYNCPG,
     ASYNCPG_BARE,
@@ -29,72 +27,17 @@ from .peers import (
     Loop,
     Peer,
     Pool,
-    repeat,
+    counted,
+    throughput,
 )
 
-SECONDS, WARM_UP = 0.25, 0.1
-"""How long operations are counted, and how long they run before that: psycopg and asyncpg prepare a
-statement on each connection once they have seen it a few times."""
-
-SELECT_1000 = "SELECT n, 'row number ' || n FROM generate_series(1, 1000) AS n"
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What whitepool's figure should be, divided by a peer's, or by itself."""
-
-    limit: float
-    at_least: bool
-
-    def met(self, value: float) -> bool:
-        return value >= self.limit if self.at_least else value <= self.limit
-
-    def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.limit:,g}"
-
-
-at_least = partial(Bound, at_least=True)
-at_most = partial(Bound, at_least=False)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One of the numbers that a case measures."""
-
-    title: str
-    unit: str
-    bounds: Mapping[Peer, Bound] = field(default_factory=dict)
-    """Of whitepool's figure divided by a peer's; under WHITEPOOL, of the figure as it is."""
-    plot: str = ""
-    """The plot in which it appears, at `x`; none where that is empty."""
-    x: float = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement of several peers, which gives a number for each figure."""
-
-    group: str
-    figures: tuple[Figure, ...]
-    peers: tuple[Peer, ...]
-    measure: Callable[[Peer, str], tuple[float, ...]]
-    rounds: int | None = None
-    """How many rounds are enough, where the usual number is more than it takes."""
-    at_once: bool = False
-    """Whether all peers are measured at the same time: they spend it asleep."""
-
-    @property
-    def title(self) -> str:
-        return self.figures[0].title
-
-
-# ------------------------------------------------------------------ checkouts and queries
+# ------------------------------------------------------------------ checkouts
 
 
 def _checkout_cases() -> list[Case]:
     psycopg = (PSYCOPG, PSYCOPG_UVLOOP)
     bare = (ASYNCPG_BARE, ASYNCPG_BARE_UVLOOP)
-    many = dict.fromkeys(psycopg, at_least(5)) | dict.fromkeys(bare, at_least(3))
+    many = {PSYCOPG: at_least(5), PSYCOPG_UVLOOP: at_least(3)} | dict.fromkeys(bare, at_least(3))
     held: dict[int, dict[Peer, Bound]] = {
         1: dict.fromkeys(psycopg, at_least(1)),
         4: dict.fromkeys(psycopg, at_least(1.5)),
@@ -107,103 +50,41 @@ def _checkout_cases() -> list[Case]:
     return [
         Case(
             "checkout",
-            (Figure("checkout + checkin, 1 task", "µs", alone),),
+            (Figure("a checkout and its return, 1 task", "µs", alone, of=min),),
             (*POOLS, CHECKPOINT),
-            partial(_checkout, tasks=1, turn=False, in_unit=microseconds),
+            lambda peer, dsn: (1e6 / _checkouts(peer, dsn, tasks=1, turn=False),),
         ),
         *(
             Case(
                 "checkout",
                 (
                     Figure(
-                        f"… held for a turn, on 4 workers, tasks: {tasks:,}",
+                        f"a checkout held for a turn, {counted(tasks, 'task')}",
                         "/s",
                         bounds,
                         "checkout",
                         tasks,
+                        of=max,
                     ),
                 ),
                 POOLS,
-                partial(_checkout, tasks=tasks, turn=True),
+                partial(_held_checkouts, tasks=tasks),
             )
             for tasks, bounds in held.items()
         ),
     ]
 
 
-def _query_cases() -> list[Case]:
-    peers = (*POOLS, NO_POOL)
-    many = {
-        PSYCOPG: at_least(1.8),
-        PSYCOPG_UVLOOP: at_least(1.4),
-        ASYNCPG: at_least(1.1),
-        ASYNCPG_BARE: at_least(1.1),
-        TRIOPG: at_least(5),
-        NO_POOL: at_least(0.9),
-    }
-    return [
-        Case(
-            "query",
-            (Figure("SELECT 1, 1 connection", "µs", {PSYCOPG: at_most(1)}),),
-            peers,
-            partial(_fetch, query="SELECT 1", size=1, in_unit=microseconds),
-        ),
-        *(
-            Case(
-                "query",
-                (Figure(f"SELECT 1, {size} connections", "/s", many, "query" if size == 16 else ""),),
-                peers,
-                partial(_fetch, query="SELECT 1", size=size),
-            )
-            for size in (16, 64)
-        ),
-        Case(
-            "query",
-            (Figure("1,000 rows, 16 connections", "/s", {PSYCOPG: at_least(1.2)}),),
-            peers,
-            partial(_fetch, query=SELECT_1000, size=16),
-        ),
-    ]
+def _held_checkouts(peer: Peer, dsn: str, tasks: int) -> tuple[float, ...]:
+    return (_checkouts(peer, dsn, tasks, turn=True),)
 
 
-def microseconds(rate: float) -> float:
-    """Return how long one takes where there are so many a second."""
-    return 1e6 / rate
-
-
-def _checkout(
-    peer: Peer, dsn: str, tasks: int, turn: bool, in_unit: Callable[[float], float] = float
-) -> tuple[float, ...]:
-    """Return checkouts a second, or what that is in another unit."""
-
-    def operation(pool: Pool) -> Callable[[], Awaitable[None]]:
-        return partial(pool.checkout, turn)
-
-    return (in_unit(peer.loop.run(_throughput, peer, dsn, 4, operation, tasks)),)
-
-
-def _fetch(
-    peer: Peer, dsn: str, query: str, size: int, in_unit: Callable[[float], float] = float
-) -> tuple[float, ...]:
-    """Return queries a second, or what that is in another unit; as many tasks as connections."""
-
-    def operation(pool: Pool) -> Callable[[], Awaitable[None]]:
-        return partial(pool.fetch, query)
-
-    return (in_unit(peer.loop.run(_throughput, peer, dsn, size, operation, size)),)
-
-
-async def _throughput(
-    peer: Peer,
-    dsn: str,
-    size: int,
-    operation: Callable[[Pool], Callable[[], Awaitable[None]]],
-    tasks: int,
-) -> float:
-    """Open a pool, and return how many operations a second so many tasks get done."""
-    async with peer.open(dsn, size) as pool:
-        await repeat(peer.loop, operation(pool), tasks, WARM_UP)
-        return await repeat(peer.loop, operation(pool), tasks, SECONDS)
+def _checkouts(peer: Peer, dsn: str, tasks: int, turn: bool) -> float:
+    """Return checkouts a second."""
+    rate: float = peer.loop.run(
+        throughput, peer, dsn, 4, lambda pool: partial(pool.checkout, turn), tasks
+    )[0]
+    return rate
 
 
 # ------------------------------------------------------------------ a queue, and opening
@@ -211,30 +92,22 @@ async def _throughput(
 LENGTHS = (100, 1_000, 10_000, 50_000)
 
 
-def _queue_cases() -> list[Case]:
-    peers = (WHITEPOOL, PSYCOPG, ASYNCPG_BARE)
-    return [
-        Case(
-            "queue",
-            (
-                *(
-                    Figure(f"a queue of {length:,}: time a waiter", "µs", plot="queue", x=length)
-                    for length in LENGTHS
-                ),
-                Figure("… the slowest of these ÷ the fastest", "", {WHITEPOOL: at_most(1.5)}),
+def _queue_case() -> Case:
+    return Case(
+        "queue",
+        (
+            *(
+                Figure(f"time a waiter, a queue of {length:,}", "µs", plot="queue", x=length, of=min)
+                for length in LENGTHS
             ),
-            peers,
-            lambda peer, dsn: peer.loop.run(_time_queues, peer, dsn),
-            rounds=3,
+            Figure(
+                "… the slowest of these queues ÷ the fastest", "", {WHITEPOOL: at_most(1.5)}, of=min
+            ),
         ),
-        Case(
-            "queue",
-            (Figure("… memory a waiter, beyond its task", "bytes", {WHITEPOOL: at_most(512)}),),
-            peers,
-            lambda peer, dsn: (peer.loop.run(_weigh_waiter, peer, dsn),),
-            rounds=1,
-        ),
-    ]
+        (WHITEPOOL, PSYCOPG, ASYNCPG_BARE),
+        lambda peer, dsn: peer.loop.run(_time_queues, peer, dsn),
+        rounds=2,
+    )
 
 
 async def _time_queues(peer: Peer, dsn: str) -> tuple[float, ...]:
@@ -267,45 +140,6 @@ async def _time_queue(loop: Loop, pool: Pool, length: int) -> float:
     return perf_counter() - began
 
 
-async def _weigh_waiter(peer: Peer, dsn: str) -> float:
-    """Return the bytes of a task that waits in the queue, less those of one that waits for an event."""
-    tasks = 10_000
-    async with peer.open(dsn, 1) as pool:
-        await pool.checkout(False)
-        event = peer.loop.event()
-        mere = await _weigh(peer.loop, tasks, event.wait, then=event.set)
-
-        async def hold() -> None:
-            await pool.fetch("SELECT pg_sleep(3)")
-
-        async with peer.loop.tasks() as start:
-            start(hold)
-            await peer.loop.sleep(0.1)
-            waiting = await _weigh(peer.loop, tasks, partial(pool.checkout, False), then=int)
-    return (waiting - mere) / tasks
-
-
-async def _weigh(
-    loop: Loop, tasks: int, wait: Callable[[], Awaitable[object]], then: Callable[[], object]
-) -> int:
-    """Start tasks that wait; return what they weigh together, in bytes."""
-
-    async def waiter() -> None:
-        await wait()
-
-    tracemalloc.start()
-    try:
-        async with loop.tasks() as start:
-            for _ in range(tasks):
-                start(waiter)
-            await loop.sleep(0.1)
-            weight, _ = tracemalloc.get_traced_memory()
-            then()
-    finally:
-        tracemalloc.stop()
-    return weight
-
-
 def _opening_case() -> Case:
     return Case(
         "opening",
@@ -331,8 +165,8 @@ def _soak_cases() -> list[Case]:
             "million",
             (
                 Figure("a million checkouts, 1 % cancelled, 0.1 % deaths", "µs"),
-                Figure("… growth in memory", "KiB", {WHITEPOOL: at_most(1024)}),
-                Figure("… connections lost", "", {WHITEPOOL: at_most(0)}),
+                Figure("… growth in memory, a million checkouts", "KiB", {WHITEPOOL: at_most(1024)}),
+                Figure("… connections lost in a million checkouts", "", {WHITEPOOL: at_most(0)}),
             ),
             (WHITEPOOL,),
             soak.million,
@@ -341,8 +175,8 @@ def _soak_cases() -> list[Case]:
         Case(
             "idle",
             (
-                Figure("100 idle connections for a minute", "% of a core", {WHITEPOOL: at_most(0.1)}),
-                Figure("… growth in memory", "KiB", {WHITEPOOL: at_most(256)}),
+                Figure("100 idle connections for a minute", "% of a core", {WHITEPOOL: at_most(0.05)}),
+                Figure("… growth in memory, an idle minute", "KiB", {WHITEPOOL: at_most(256)}),
             ),
             (WHITEPOOL, PSYCOPG, ASYNCPG),
             soak.idle,
@@ -360,30 +194,33 @@ def _overload_cases() -> list[Case]:
             "overload",
             (
                 Figure(
-                    f"{load:g} × capacity offered: share of it spent in time",
+                    f"answers in time, {load:g} × the capacity offered",
                     "%",
                     nearly_all if load > 1 else {},
                     "overload",
                     load,
                 ),
-                Figure("… requests that failed", "%", none if load < 1 else {}),
+                Figure(f"… requests that failed, {load:g} ×", "%", none if load < 1 else {}),
                 Figure("… they were told after, median", "ms"),
                 Figure("… 95th percentile", "ms"),
             ),
             peers,
             partial(overload.goodput, load=load),
-            rounds=2,
+            rounds=1,
         )
         for load in overload.LOADS
     ]
 
 
+MODULES = (queries, queues, growth, idle)
+"""Those that have `CASES` of their own. To add one, name it here."""
+
 CASES = {
     case.title: case
     for case in (
         *_checkout_cases(),
-        *_query_cases(),
-        *_queue_cases(),
+        *(case for module in MODULES for case in module.CASES),
+        _queue_case(),
         _opening_case(),
         *_soak_cases(),
         *_overload_cases(),

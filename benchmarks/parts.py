@@ -1,4 +1,4 @@
-"""Where the time of one checkout, one wait, and one query goes: `python -m benchmarks.parts`.
+"""Where the time of one checkout and one query goes: `python -m benchmarks.parts`.
 
 Each part is repeated by itself, in microseconds, the least of many short rounds: what a part costs when
 the machine does nothing else. Parts overlap, and do not add up.
@@ -20,8 +20,6 @@ from trio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_
 import whitepool.postgres
 from whitepool._checks import check_seconds
 from whitepool.postgres import TrioConnection, connect
-
-from .queues import handover_parts
 
 REPEATS, ROUNDS = 500, 40
 Connection = TrioConnection[Any]
@@ -108,18 +106,7 @@ async def query_parts(session: whitepool.Session[Connection], dsn: str) -> dict[
             }
 
 
-async def print_handovers() -> None:
-    """Print what one use of a worker costs where tasks wait for it, in whitepool and other ways."""
-    table = Table("4 workers, held for a turn of the loop", title="µs of each use, the least")
-    for tasks in ("64 tasks", "1,000 tasks"):
-        table.add_column(tasks, justify="right")
-    for name, times in (await handover_parts()).items():
-        table.add_row(name, *(f"{time:.1f}" for time in times))
-    Console().print(table)
-
-
 async def main(dsn: str) -> None:
-    await print_handovers()
     table = Table("part", title="µs, the least")
     table.add_column("µs", justify="right")
     async with whitepool.postgres.open_pool(

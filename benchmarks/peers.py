@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -24,6 +25,10 @@ import uvloop
 from psycopg.conninfo import conninfo_to_dict
 
 import whitepool.postgres
+
+SECONDS, WARM_UP = 0.25, 0.1
+"""How long operations are counted, and how long they run before that, or longer with many connections:
+psycopg and asyncpg prepare a statement on each connection once they have seen it a few times."""
 
 OPENING_AT_ONCE = 4
 """Connections that are opened at the same time: whitepool's default, for all that have the choice."""
@@ -113,13 +118,17 @@ class Pool:
         raise NotImplementedError
 
 
+def no_pool(_dsn: str, _size: int) -> AbstractAsyncContextManager[Pool]:
+    raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Peer:
-    """One that takes part: how it is called, where it runs, how it is opened."""
+    """One that takes part: how it is called, where it runs, how it is opened if it is a pool."""
 
     name: str
     loop: Loop
-    open: Callable[[str, int], AbstractAsyncContextManager[Pool]]
+    open: Callable[[str, int], AbstractAsyncContextManager[Pool]] = no_pool
     apart: bool = False
     """Whether the others could not be measured any more in a process where this one has been."""
 
@@ -296,6 +305,24 @@ class Threads(Pool):
 
 
 @dataclass
+class Blocking(Pool):
+    """The limit for psycopg: connections that block, used one after the other, without a loop."""
+
+    free: deque[psycopg.Connection[Any]]
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, dsn: str, size: int) -> AsyncIterator[Pool]:
+        with ExitStack() as stack:
+            connect = partial(psycopg.connect, dsn, autocommit=True)
+            yield cls(deque(stack.enter_context(connect()) for _ in range(size)))
+
+    async def fetch(self, query: str, *parameters: object) -> None:
+        self.free[0].execute(query, parameters or None).fetchall()
+        self.free.rotate()
+
+
+@dataclass
 class WithoutPool(Pool):
     """The limit for queries: each task has a TrioConnection to itself."""
 
@@ -331,6 +358,29 @@ class WithoutPool(Pool):
         self.free.append(connection)
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number > 1 else ''}"
+
+
+async def throughput(
+    peer: Peer,
+    dsn: str,
+    size: int,
+    operation: Callable[[Pool], Callable[[], Awaitable[None]]],
+    tasks: int,
+) -> tuple[float, float]:
+    """Open a pool, and let tasks repeat an operation for a while.
+
+    Returns how many they get done in a second, and the microseconds of CPU time that each takes here.
+    """
+    async with peer.open(dsn, size) as pool:
+        await repeat(peer.loop, operation(pool), tasks, max(WARM_UP, size / 2000))
+        cpu, began = time.process_time(), perf_counter()
+        rate = await repeat(peer.loop, operation(pool), tasks, SECONDS)
+        share = (time.process_time() - cpu) / (perf_counter() - began)
+        return rate, 1e6 / rate * share
+
+
 def asyncpg_keywords(dsn: str) -> dict[str, Any]:
     """Say in asyncpg's words where the server is."""
     words = conninfo_to_dict(dsn)
@@ -353,6 +403,12 @@ TRIOPG = Peer("triopg", TRIO_ASYNCIO, Triopg.open, apart=True)
 THREADS = Peer("psycopg in Trio threads", TRIO, Threads.open)
 CHECKPOINT = Peer("a bare checkpoint", TRIO, WithoutPool.open)
 NO_POOL = Peer("TrioConnection, no pool", TRIO, WithoutPool.open)
+BLOCKING = Peer("psycopg, blocking, no loop", TRIO, Blocking.open)
+TASK = Peer("a bare Trio task", TRIO)
+BARE_QUEUE = Peer("a bare queue", TRIO)
+CHANNEL = Peer("a memory channel, no timeouts", TRIO)
+TIMED_CHANNEL = Peer("a memory channel and fail_after", TRIO)
+MAILBOX = Peer("a mailbox to a supervisor", TRIO)
 
 POOLS = (
     WHITEPOOL,
@@ -365,4 +421,5 @@ POOLS = (
     TRIOPG,
     THREADS,
 )
-PEERS = {peer.name: peer for peer in (*POOLS, CHECKPOINT, NO_POOL)}
+LIMITS = (CHECKPOINT, NO_POOL, BLOCKING, TASK, BARE_QUEUE, CHANNEL, TIMED_CHANNEL, MAILBOX)
+PEERS = {peer.name: peer for peer in (*POOLS, *LIMITS)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,18 @@ from .peers import (
     ASYNCPG_BARE,
     ASYNCPG_BARE_UVLOOP,
     ASYNCPG_UVLOOP,
+    BARE_QUEUE,
+    BLOCKING,
+    CHECKPOINT,
     NO_POOL,
     PSYCOPG,
     PSYCOPG_UVLOOP,
+    TASK,
     THREADS,
     TRIOPG,
     WHITEPOOL,
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """A figure of one peer, and how whitepool's compares."""
-
-    figure: str
-    unit: str
-    peer: str
-    value: float
-    ratio: float | None
-    """whitepool's divided by it."""
-    target: str
-    met: bool | None
-    plot: str
-    """The plot in which it appears, at `x`; none where that is empty."""
-    x: float
-
+from .row import Row
 
 GREY, ORANGE, BLUE, GREEN, TEAL = "#808080", "#e8590c", "#4c8dd6", "#3a9e5f", "#25a5a5"
 STYLES = {
@@ -55,8 +41,12 @@ STYLES = {
     TRIOPG.name: ("#a06cd5", "-"),
     THREADS.name: ("#b0893f", "-"),
     NO_POOL.name: (GREY, ":"),
+    BARE_QUEUE.name: (GREY, "--"),
+    BLOCKING.name: (GREY, "--"),
+    CHECKPOINT.name: (GREY, ":"),
+    TASK.name: (GREY, ":"),
 }
-"""One colour for each library; what runs on uvloop is dashed."""
+"""One colour for each library; what runs on uvloop is dashed. Limits are grey."""
 
 LOOK: Any = {  # matplotlib types the keys one by one
     "svg.fonttype": "none",  # text stays text
@@ -78,35 +68,66 @@ LOOK: Any = {  # matplotlib types the keys one by one
 
 def write(folder: Path, rows: list[Row]) -> None:
     """Draw what was measured."""
+    plots: dict[str, list[Row]] = {}
+    for row in rows:
+        plots.setdefault(row.plot, []).append(row)
+
     with matplotlib.rc_context(LOOK):
-        axes = _canvas("checkouts a second, on 4 workers", "tasks", "checkouts / s")
-        _lines(axes, (row for row in rows if row.plot == "checkout"))
-        axes.set_yscale("log")
-        _save(axes, folder / "checkout.svg")
+        if "checkout" in plots:
+            axes = _canvas("checkouts a second, on 4 connections", "tasks", "checkouts / s")
+            _lines(axes, plots["checkout"])
+            axes.set_yscale("log")
+            _save(axes, folder / "checkout.svg")
+        if "query" in plots:
+            axes = _canvas("SELECT 1 through the pool, 16 connections", "queries / s", "")
+            _bars(axes, plots["query"])
+            _save(axes, folder / "query.svg")
+        for name, title, x, y in LINES:
+            if name in plots:
+                axes = _canvas(title, x, y)
+                _lines(axes, plots[name])
+                axes.set_ylim(bottom=0)
+                _save(axes, folder / f"{name}.svg")
+        if "growth-waiter" in plots:
+            figure = Figure(figsize=(8, 3.4), layout="constrained")
+            panels = figure.subplots(1, len(PANELS))
+            for axes, (name, title) in zip(panels, PANELS, strict=True):
+                _label(axes, title, "how many", "KiB each" if axes is panels[0] else "")
+                _lines(axes, plots[name])
+                axes.set_ylim(bottom=0)
+                axes.get_legend().remove()
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            _save(panels[0], folder / "growth-memory.svg")
 
-        axes = _canvas("SELECT 1 through the pool, 16 connections", "queries / s", "")
-        _bars(axes, (row for row in rows if row.plot == "query"))
-        _save(axes, folder / "query.svg")
 
-        axes = _canvas("time a waiter, by the length of the queue", "tasks that wait", "µs / waiter")
-        _lines(axes, (row for row in rows if row.plot == "queue"))
-        axes.set_ylim(bottom=0)
-        _save(axes, folder / "queue.svg")
+LINES = (
+    ("queue", "time a waiter, by the length of the queue", "tasks that wait", "µs / waiter"),
+    ("overload", "answers in time, under overload", "load offered ÷ capacity", "% of capacity"),
+    ("growth-checkout", "a checkout held for a turn of the loop, on 4 workers", "tasks", "µs"),
+    ("growth-query", "SELECT 1: the client's CPU time", "connections", "µs / query"),
+)
+"""Plots of lines: name, title, and what the axes are."""
 
-        axes = _canvas("answers in time, under overload", "load offered ÷ capacity", "% of capacity")
-        _lines(axes, (row for row in rows if row.plot == "overload"))
-        axes.set_ylim(0, 105)
-        _save(axes, folder / "overload.svg")
+PANELS = (
+    ("growth-waiter", "a task that waits"),
+    ("growth-worker", "an idle worker, with its task"),
+    ("growth-pool", "a pool without workers"),
+)
+"""Those of what takes memory."""
 
 
 def _canvas(title: str, x: str, y: str) -> Axes:
     axes = Figure(figsize=(8, 3.8), layout="constrained").add_subplot()
+    _label(axes, title, x, y)
+    return axes
+
+
+def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True)
     axes.set_axisbelow(True)
-    return axes
 
 
 def _lines(axes: Axes, rows: Iterable[Row]) -> None:

@@ -1,11 +1,13 @@
-"""Four ways to hand 4 workers to many tasks, beside the pool: what a supervisor on the hot path costs.
-
-`python -m benchmarks.parts` prints them.
-"""
+"""Ways to hand 4 workers to many tasks, beside the pool: what a supervisor on the hot path costs."""
 
 from __future__ import annotations
 
+import gc
 from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import repeat
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -15,9 +17,12 @@ from trio.lowlevel import Abort, Task, cancel_shielded_checkpoint, current_task,
 
 import whitepool
 
+from .case import Case, Figure, at_most
+from .peers import BARE_QUEUE, CHANNEL, CHECKPOINT, MAILBOX, TIMED_CHANNEL, WHITEPOOL, Peer
+
 WORKERS = 4
-TIMEOUT = 5
-"""Seconds. Nothing here ever waits that long."""
+TIMEOUT = 60.0
+"""Seconds. Nothing here waits so long that a pool would look after it."""
 
 
 class Hands(Protocol):
@@ -25,6 +30,15 @@ class Hands(Protocol):
 
     async def take(self) -> Any: ...
     def give_back(self, worker: Any) -> None: ...
+
+
+class NoQueue:
+    """A worker for each: what is left is a turn of the loop."""
+
+    async def take(self) -> object:
+        return None
+
+    def give_back(self, worker: object) -> None: ...
 
 
 class BareQueue:
@@ -104,46 +118,85 @@ class Pooled:
         self.give_back = session.checkin
 
 
-async def per_handover(hands: Hands, tasks: int) -> float:
-    """Return the microseconds for which one use of a worker by one of so many tasks keeps the loop."""
-    uses = max(1, 20_000 // tasks)
+SIMPLE: dict[Peer, Callable[[], Hands]] = {
+    BARE_QUEUE: BareQueue,
+    CHANNEL: Channel,
+    TIMED_CHANNEL: TimedChannel,
+    CHECKPOINT: NoQueue,
+}
 
-    async def client() -> None:
-        for _ in range(uses):
+
+async def make_object() -> object:
+    return object()
+
+
+@asynccontextmanager
+async def open_hands(peer: Peer) -> AsyncIterator[Hands]:
+    """Yield four workers that do nothing, to be handed out in the peer's way."""
+    if peer is WHITEPOOL:
+        async with whitepool.open_pool(
+            make_object, pool_size=WORKERS, max_overflow=0, checkout_timeout=TIMEOUT
+        ) as session:
+            yield Pooled(session)
+    elif peer is MAILBOX:
+        async with trio.open_nursery() as nursery:
+            mailbox = Mailbox()
+            nursery.start_soon(mailbox.run)
+            yield mailbox
+            nursery.cancel_scope.cancel()
+    else:
+        yield SIMPLE[peer]()
+
+
+def per_use(peer: Peer, _: str, tasks: int) -> tuple[float]:
+    """Return the microseconds for which one use of a worker by one of so many tasks keeps the loop."""
+    return (trio.run(_per_use, peer, tasks),)
+
+
+async def _per_use(peer: Peer, tasks: int) -> float:
+    """The tasks are there, and wait, when the clock starts; when it stops, none has ended yet."""
+    uses = max(20_000, tasks // 2)
+    began = ended = 0.0
+
+    def tickets() -> Iterator[None]:
+        nonlocal ended
+        while not began:
+            yield
+        yield from repeat(None, uses)
+        ended = perf_counter()
+
+    ticket = tickets()
+
+    async def client(hands: Hands) -> None:
+        for _ in ticket:
             worker = await hands.take()
             await cancel_shielded_checkpoint()  # hold it for a turn, so that the others have to wait
             hands.give_back(worker)
 
-    async with trio.open_nursery() as nursery:
-        began = perf_counter()
+    async with open_hands(peer) as hands, trio.open_nursery() as nursery:
         for _ in range(tasks):
-            nursery.start_soon(client)
-    return 1e6 * (perf_counter() - began) / (tasks * uses)
+            nursery.start_soon(client, hands)
+        for _ in range(2):
+            await cancel_shielded_checkpoint()
+        gc.collect()
+        began = perf_counter()
+    return 1e6 * (ended - began) / uses
 
 
-async def handover_parts(rounds: int = 7) -> dict[str, list[float]]:
-    """Measure each way with 64 and 1,000 tasks, in turn; return the least of each."""
-
-    async def make() -> object:
-        return object()
-
-    found: dict[str, list[float]] = {}
-    async with (
-        whitepool.open_pool(make, pool_size=WORKERS, max_overflow=0) as session,
-        trio.open_nursery() as nursery,
-    ):
-        mailbox = Mailbox()
-        nursery.start_soon(mailbox.run)
-        ways: dict[str, Hands] = {
-            "a deque of tasks, nothing else": BareQueue(),
-            "whitepool": Pooled(session),
-            "a memory channel, no timeouts": Channel(),
-            "a memory channel and fail_after": TimedChannel(),
-            "a mailbox to a supervisor": mailbox,
-        }
-        for _ in range(rounds):
-            for name, hands in ways.items():
-                times = [await per_handover(hands, tasks) for tasks in (64, 1000)]
-                found[name] = [min(pair) for pair in zip(times, found.get(name, times), strict=True)]
-        nursery.cancel_scope.cancel()
-    return found
+CASES = tuple(
+    Case(
+        "handover",
+        (
+            Figure(
+                f"a use of one of 4 workers, held for a turn, {tasks:,} tasks",
+                "µs",
+                {BARE_QUEUE: at_most(1.25)},
+                of=min,
+            ),
+        ),
+        (WHITEPOOL, BARE_QUEUE, CHANNEL, TIMED_CHANNEL, MAILBOX),
+        partial(per_use, tasks=tasks),
+        rounds=5,
+    )
+    for tasks in (64, 1_000)
+)

@@ -9,7 +9,6 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psycopg
 from rich.console import Console
@@ -17,10 +16,10 @@ from rich.table import Table
 
 import whitepool
 
-from . import plots
-from .cases import Bound, Case, Figure
+from . import pages, plots
+from .case import Bound, Case, Figure
 from .peers import WHITEPOOL, Peer
-from .plots import Row
+from .row import Row, short
 
 PACKAGES = (
     "whitepool",
@@ -34,29 +33,31 @@ PACKAGES = (
 )
 
 
-def compare(case: Case, medians: dict[Peer, tuple[float, ...]]) -> list[Row]:
+def compare(case: Case, found: dict[Peer, tuple[float, ...]]) -> list[Row]:
     """Compare what was measured."""
     return [
-        _row(figure, peer, medians[peer][number], medians[WHITEPOOL][number])
+        _row(case.group, figure, peer, found[peer][number], found[WHITEPOOL][number])
         for number, figure in enumerate(case.figures)
         for peer in case.peers
-        if not math.isnan(medians[peer][number])
+        if not math.isnan(found[peer][number])
     ]
 
 
-def _row(figure: Figure, peer: Peer, value: float, ours: float) -> Row:
+def _row(group: str, figure: Figure, peer: Peer, value: float, ours: float) -> Row:
     """Compare one figure. There is no ratio to nothing, or of nothing: nan."""
     ratio = None if peer is WHITEPOOL or not value or math.isnan(ours) else ours / value
     bound: Bound | None = figure.bounds.get(peer)
     judged = value if peer is WHITEPOOL else ratio
     met = None if bound is None or judged is None else bound.met(judged)
     target = str(bound or "")
-    return Row(figure.title, figure.unit, peer.name, value, ratio, target, met, figure.plot, figure.x)
+    return Row(
+        group, figure.title, figure.unit, peer.name, value, ratio, target, met, figure.plot, figure.x
+    )
 
 
-def print_table(console: Console, rows: list[Row], machine: dict[str, str]) -> None:
-    """Print everything, with the target beside each figure."""
-    table = Table(title="whitepool and its peers", caption=", ".join(map(" ".join, machine.items())))
+def print_table(console: Console, group: str, rows: list[Row]) -> None:
+    """Print the figures of a group, with the target beside each."""
+    table = Table(title=group)
     table.add_column("what")
     table.add_column("who")
     for column in ("figure", "whitepool ÷ it", "target", "met"):
@@ -66,21 +67,22 @@ def print_table(console: Console, rows: list[Row], machine: dict[str, str]) -> N
         if row.figure != last and not row.figure.startswith("…"):
             table.add_section()
         met = {None: "", True: "[green]yes[/]", False: "[red]no[/]"}[row.met]
-        value, ratio = _short(row.value, row.unit), _short(row.ratio, "")
+        value, ratio = short(row.value, row.unit), short(row.ratio)
         title = row.figure if row.figure != last else ""
         table.add_row(title, row.peer, value, ratio, row.target, met)
         last = row.figure
     console.print(table)
-    judged = [row.met for row in rows if row.met is not None]
-    console.print(f"{sum(judged)} of {len(judged)} targets met")
 
 
-def _short(value: float | None, unit: str) -> str:
-    """Write a number with three digits, or with all that it has before the point."""
-    if value is None:
-        return "–"
-    digits = f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-    return f"{digits} {unit}".strip()
+def print_summary(console: Console, rows: list[Row], machine: dict[str, str]) -> None:
+    """Print how many targets are met, and each that is not."""
+    table = Table("missed", "beside", title=pages.met(rows))
+    table.add_column("figure", justify="right")
+    table.add_column("target", justify="right")
+    for row in pages.missed(rows):
+        table.add_row(row.figure, row.beside, row.judged, row.target)
+    table.caption = ", ".join(map(" ".join, machine.items()))
+    console.print(table)
 
 
 def machine(dsn: str) -> dict[str, str]:
@@ -98,10 +100,10 @@ def machine(dsn: str) -> dict[str, str]:
     }
 
 
-def write(folder: Path, rows: list[Row], machine: dict[str, str], settings: dict[str, Any]) -> None:
+def write(folder: Path, rows: list[Row], machine: dict[str, str]) -> None:
     """Write the figures as JSON, and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "settings": settings, "figures": [asdict(row) for row in rows]}
+    record = {"machine": machine, "figures": [asdict(row) for row in rows]}
     text = json.dumps(record, indent=1, ensure_ascii=False)
     (folder / "figures.json").write_text(text + "\n", encoding="utf-8")
     plots.write(folder, rows)

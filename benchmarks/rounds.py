@@ -1,7 +1,7 @@
 """Rounds of measurements, side by side.
 
 All peers take part in one round before the next begins, and every other round runs backwards, so that
-whatever else the machine does meets all of them. Medians count.
+whatever else the machine does meets all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import signal
-import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +16,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .cases import CASES, Case
+from .case import Case, Figure
+from .cases import CASES
 from .peers import PEERS, Peer
-from .plots import Row
 from .report import compare
+from .row import Row
 from .soak import own_process
 
 LIMIT = 200
@@ -28,15 +28,20 @@ LIMIT = 200
 
 
 def measure_all(chosen: list[Case], dsn: str, rounds: int, console: Console) -> list[Row]:
-    """Measure case by case, and show how far it has come."""
-    planned = [min(case.rounds or rounds, rounds) for case in chosen]
+    """Measure case by case, in so many rounds at most, and show how far it has come."""
+    planned = [min(case.rounds, rounds) for case in chosen]
     columns = (TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn())
     # It draws between two measurements: a thread that draws during one would take its time.
-    with Progress(*columns, console=console, auto_refresh=False) as progress, own_process() as other:
+    with (
+        Progress(*columns, console=console, auto_refresh=False, transient=True) as progress,
+        own_process() as other,
+    ):
         bar = progress.add_task("", total=sum(planned))
         rows: list[Row] = []
         for case, times in zip(chosen, planned, strict=True):
             progress.update(bar, description=f"{case.group:9}", refresh=True)
+            if case.prepare:
+                case.prepare(dsn)
             samples: dict[Peer, list[tuple[float, ...]]] = {peer: [] for peer in case.peers}
             for number in range(times):
                 order = case.peers if number % 2 == 0 else case.peers[::-1]
@@ -44,7 +49,8 @@ def measure_all(chosen: list[Case], dsn: str, rounds: int, console: Console) -> 
                     samples[peer].append(figures)
                 progress.advance(bar)
                 progress.refresh()
-            rows += compare(case, {peer: medians(taken) for peer, taken in samples.items()})
+            found = {peer: over_rounds(case.figures, taken) for peer, taken in samples.items()}
+            rows += compare(case, found)
     return rows
 
 
@@ -67,7 +73,8 @@ def measure_one(case: str, peer: str, dsn: str) -> tuple[float, ...]:
     """Measure one peer; named, not given, as the other process has cases and peers of its own."""
     gc.collect()  # what the last one left behind is not for this one to clear away
     with time_limit(f"{peer}: {case}"):
-        return CASES[case].measure(PEERS[peer], dsn)
+        figures: tuple[float, ...] = CASES[case].measure(PEERS[peer], dsn)
+    return figures
 
 
 @contextmanager
@@ -86,9 +93,9 @@ def time_limit(what: str) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def medians(samples: list[tuple[float, ...]]) -> tuple[float, ...]:
-    """Take the median of each figure, over the rounds in which it could be measured."""
+def over_rounds(figures: tuple[Figure, ...], samples: list[tuple[float, ...]]) -> tuple[float, ...]:
+    """Make one of what each figure was in the rounds in which it could be measured."""
     return tuple(
-        statistics.median([value for value in values if not math.isnan(value)] or [math.nan])
-        for values in zip(*samples, strict=True)
+        figure.of([value for value in values if not math.isnan(value)] or [math.nan])
+        for figure, values in zip(figures, zip(*samples, strict=True), strict=True)
     )

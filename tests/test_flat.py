@@ -1,6 +1,6 @@
 """What a pool does for one worker costs the same however many others are idle.
 
-It is counted in calls of functions, which are the same on each machine. `python -m benchmarks.idle`
+It is counted in calls of functions, which are the same on each machine. `make bench ARGS='--only idle'`
 measures the time.
 """
 
