@@ -374,7 +374,7 @@ async def throughput(
     Returns how many they get done in a second, and the microseconds of CPU time that each takes here.
     """
     async with peer.open(dsn, size) as pool:
-        await repeat(peer.loop, operation(pool), tasks, max(WARM_UP, size / 2000))
+        await repeat(peer.loop, operation(pool), tasks, max(WARM_UP, size / 1000))
         cpu, began = time.process_time(), perf_counter()
         rate = await repeat(peer.loop, operation(pool), tasks, SECONDS)
         share = (time.process_time() - cpu) / (perf_counter() - began)

@@ -41,6 +41,7 @@ from ._cancelling import (
 )
 from ._connecting import connect_to_first
 from ._last_words import listen_for_last_words, note_last_words, read_only_parameters
+from ._readiness import notify_closing
 from ._waiting import Lock, drive, drive_for, uninterrupted_block
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """
         if not self.closed:
             self._closed = on_purpose
-            trio.lowlevel.notify_closing(self.pgconn.socket)
+            notify_closing(self.pgconn.socket)
             self.pgconn.finish()
 
 

@@ -24,11 +24,11 @@ from trio.lowlevel import (
     cancel_shielded_checkpoint,
     checkpoint_if_cancelled,
     enable_ki_protection,
-    wait_readable,
     wait_writable,
 )
 
 from .._scheduling import NOOP, NoopAwaitable, TimeSlice
+from ._readiness import wait_readable
 
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
