@@ -117,6 +117,10 @@ class Pool:
         """The same, with one deadline for all of it; raises where that is not met."""
         raise NotImplementedError
 
+    def connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
+        """Check out one of psycopg's connections for a block."""
+        raise NotImplementedError
+
 
 def no_pool(_dsn: str, _size: int) -> AbstractAsyncContextManager[Pool]:
     raise NotImplementedError
@@ -164,6 +168,9 @@ class Whitepool(Pool):
                 cursor = await connection.execute(query)
                 await cursor.fetchall()
 
+    def connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
+        return self.session.worker()
+
 
 @dataclass
 class PsycopgPool(Pool):
@@ -202,6 +209,9 @@ class PsycopgPool(Pool):
                 await cursor.fetchall()
 
         await asyncio.wait_for(fetch(), seconds)
+
+    def connection(self) -> AbstractAsyncContextManager[psycopg.AsyncConnection[Any]]:
+        return self.pool.connection()
 
 
 @dataclass
@@ -355,6 +365,12 @@ class WithoutPool(Pool):
         connection = self.free.pop()  # there is one for each task
         cursor = await connection.execute(query, parameters or None)
         await cursor.fetchall()
+        self.free.append(connection)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        connection = self.free.pop()
+        yield connection
         self.free.append(connection)
 
 

@@ -135,6 +135,18 @@ async def test_waits_for_one_thing_after_the_other(pair: Pair) -> None:
     assert happened == [Ready.W, Ready.R, Ready.W]
 
 
+async def test_a_generator_that_has_begun_goes_on_from_there(pair: Pair) -> None:
+    """A generator whose first step its caller has made is sent the answer to that, and nothing else."""
+    ours, peer = pair
+    peer.send(b"x")
+
+    def asks_once() -> Generator[Wait, Ready | int, Ready | int]:
+        return (yield Wait.R)
+
+    generator = asks_once()
+    assert await drive(generator, ours.fileno(), wanted=next(generator)) == Ready.R
+
+
 async def test_an_immediate_end_lets_other_tasks_run(pair: Pair) -> None:
     """A generator that waits for nothing still gives way to other tasks once."""
     ran = []

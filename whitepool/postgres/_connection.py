@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -188,9 +189,20 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         socket = self.pgconn.socket
         limit = timeout if timeout is not None else interval
         try:
-            if limit is None:
-                return await drive(gen, socket, self._checkpoint)
-            return await drive_for(limit, gen, socket, self._checkpoint, or_raise=timeout is not None)
+            if limit is not None:
+                or_raise = timeout is not None
+                return await drive_for(limit, gen, socket, self._checkpoint, or_raise=or_raise)
+            try:
+                wanted = next(gen)
+            except StopIteration as end:
+                # What it needed had arrived before, as the next row of a stream or a copy often has.
+                # This is what a row costs, so it calls no more than it has to.
+                if perf_counter() > self._time_slice.ends:
+                    await self._checkpoint()
+                elif self.pgconn.transaction_status == _ACTIVE:
+                    await checkpoint_if_cancelled()
+                return end.value  # type: ignore[no-any-return]  # StopIteration is not generic
+            return await drive(gen, socket, self._checkpoint, wanted=wanted)
         except (trio.ClosedResourceError, OSError) as error:
             raise psycopg.OperationalError("the connection is closed") from error
         except Exception as error:

@@ -74,18 +74,21 @@ async def drive(
     socket: int,
     checkpoint: Checkpoint = cancel_shielded_checkpoint,
     *,
+    wanted: Wait | None = None,
     resumed: bool = False,
 ) -> RV:
     """Run a generator to its end, and return its result.
 
     If the generator never has to wait, `checkpoint` is awaited after it. By default that is not a
     cancellation point, because what the generator did has been done. If the task is cancelled during
-    a wait, the generator stays where it is: call `drive` again with `resumed`.
+    a wait, the generator stays where it is: call `drive` again with `resumed`. If the caller
+    has begun to run it, `wanted` is what it waits for.
     """
     try:
-        wanted = generator.send(Ready.NONE) if resumed else next(generator)
+        if wanted is None:
+            wanted = generator.send(Ready.NONE) if resumed else next(generator)
     except StopIteration as end:
-        # What it needed had arrived before, as the next row of a stream often has.
+        # What it needed had arrived before.
         await checkpoint()
         return end.value  # type: ignore[no-any-return]  # StopIteration is not generic
     yielded = False
