@@ -10,7 +10,7 @@ import gc
 from functools import partial
 from time import perf_counter
 
-from . import growth, idle, overload, queries, queues, rows, soak
+from . import growth, idle, overload, queries, queues, rows, shapes, soak
 from .case import Bound, Case, Figure, at_least, at_most
 from .peers import (
     ASYNCPG,
@@ -212,7 +212,7 @@ def _overload_cases() -> list[Case]:
     ]
 
 
-MODULES = (queries, rows, queues, growth, idle)
+MODULES = (queries, rows, queues, growth, idle, shapes)
 """Those that have `CASES` of their own. To add one, name it here."""
 
 CASES = {

@@ -23,7 +23,7 @@ from .peers import NO_POOL, Loop, Peer, Pool, repeat
 LOADS = (0.9, 1.5, 3.0, 10.0)
 CONNECTIONS, DEADLINE = 5, 0.25
 QUERY = "SELECT pg_sleep(0.02)"
-WARM_UP, SECONDS = 1.0, 2.0
+WARM_UP, SECONDS = 1.5, 2.0
 
 # asyncio tells of every connection that asyncpg gives up on while it cancels a query.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -47,18 +47,18 @@ def goodput(peer: Peer, dsn: str, load: float) -> tuple[float, ...]:
     failed, in per cent; and after how many milliseconds those knew, the median and the 95th percentile.
     """
     # Next to each measurement, as the machine may have other things to do from time to time.
-    capacity = trio.run(_capacity, dsn)
-    outcome: Outcome = peer.loop.run(_offer, peer, dsn, load * capacity)
+    per_second = trio.run(capacity, dsn)
+    outcome: Outcome = peer.loop.run(_offer, peer, dsn, load * per_second)
     told = sorted(outcome.failed_after)
     return (
-        100 * outcome.answered / SECONDS / capacity,
+        100 * outcome.answered / SECONDS / per_second,
         100 * len(told) / outcome.arrived,
         1e3 * statistics.median(told) if told else math.nan,
         1e3 * told[len(told) * 95 // 100] if told else math.nan,
     )
 
 
-async def _capacity(dsn: str) -> float:
+async def capacity(dsn: str) -> float:
     """Return how many queries a second the connections serve when they never rest."""
     async with NO_POOL.open(dsn, CONNECTIONS) as pool:
         return await repeat(NO_POOL.loop, partial(pool.fetch, QUERY), CONNECTIONS, 0.5)

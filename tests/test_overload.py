@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pytest
@@ -14,7 +16,7 @@ from workshop import Tool, Workshop, check_books
 
 import whitepool
 from whitepool import _overload as overload
-from whitepool._overload import Look
+from whitepool._overload import Excess, Look
 
 Clock = trio.testing.MockClock
 SERVICE, DEADLINE, WORKERS = 0.02, 0.25, 5
@@ -35,10 +37,11 @@ async def offer(
     patience: float = 0.4,
     share_of_others: float = 0,
     others: float = math.inf,
+    counted_from: float = 0,
 ) -> Outcome:
     """Offer requests at `load` times the capacity, at random, each with a deadline: a share of them
-    with another one."""
-    outcome, rng = Outcome(), random.Random(7)
+    with another one. Those that come before `counted_from` are not counted."""
+    outcome, rng, start = Outcome(), random.Random(7), trio.current_time()
 
     async def request(session: whitepool.Session[Tool], deadline: float) -> None:
         began = trio.current_time()
@@ -46,25 +49,27 @@ async def offer(
             async with session.worker(timeout=deadline):
                 await trio.sleep(SERVICE)
         except whitepool.PoolOverloaded:
-            outcome.counts["overloaded"] += 1
-            outcome.shed_after.append(trio.current_time() - began)
+            end = "overloaded"
         except whitepool.CheckoutTimeout:
-            outcome.counts["timeouts"] += 1
+            end = "timeouts"
         else:
-            in_time = trio.current_time() - began <= deadline
-            outcome.counts["in time" if in_time else "late"] += 1
+            end = "in time" if trio.current_time() - began <= deadline else "late"
+        if began >= start + counted_from:
+            outcome.counts[end] += 1
+            if end == "overloaded":
+                outcome.shed_after.append(trio.current_time() - began)
 
     async with whitepool.open_pool(
         Workshop().make, pool_size=WORKERS, max_overflow=0, patience=patience
     ) as session:
         async with trio.open_nursery() as nursery:
-            end = trio.current_time() + seconds
-            while trio.current_time() < end:
+            while trio.current_time() < start + seconds:
                 await trio.sleep(rng.expovariate(load * CAPACITY))
                 deadline = others if rng.random() < share_of_others else DEADLINE
                 nursery.start_soon(request, session, deadline)
         check_books(session)
-        assert session.statistics().overloads == outcome.counts["overloaded"]
+        if not counted_from:
+            assert session.statistics().overloads == outcome.counts["overloaded"]
     return outcome
 
 
@@ -77,12 +82,21 @@ async def test_below_its_capacity_the_pool_serves_every_task(autojump_clock: Clo
 @pytest.mark.parametrize("load", [1.5, 3, 10])
 async def test_goodput_under_overload(load: float, autojump_clock: Clock) -> None:
     """At least 95 % of the capacity goes into answers that come in time."""
-    outcome = await offer(load, seconds=5)
-    assert outcome.counts["in time"] >= 0.95 * CAPACITY * 5
+    outcome = await offer(load, seconds=4.5, counted_from=1.5)
+    assert outcome.counts["in time"] >= 0.95 * CAPACITY * 3
     assert outcome.counts["timeouts"] <= 0.02 * outcome.counts["overloaded"]
     # Shed when a share of 0.4 is used up, but for those that waited when the queue began to grow.
     shed_after = sorted(outcome.shed_after)
     assert shed_after[len(shed_after) // 2] == pytest.approx(0.4 * DEADLINE, abs=0.01)
+
+
+@pytest.mark.parametrize(("load", "timeouts"), [(1.5, 6), (3, 3), (10, 2)])
+async def test_how_soon_an_overload_is_noticed(
+    load: float, timeouts: int, autojump_clock: Clock
+) -> None:
+    """The more there is of it, the sooner: at three times the capacity, within three timeouts."""
+    outcome = await offer(load, seconds=timeouts * DEADLINE)
+    assert outcome.counts["overloaded"] > 0.2 * CAPACITY * DEADLINE
 
 
 async def test_without_it_the_pool_collapses(autojump_clock: Clock) -> None:
@@ -202,49 +216,232 @@ async def test_each_waiter_is_looked_at_by_its_own_timeout(autojump_clock: Clock
     assert outcome.counts["timeouts"] + outcome.counts["late"] <= 0.02 * outcome.counts["overloaded"]
 
 
-async def test_few_that_are_served_tell_little(autojump_clock: Clock) -> None:
-    """Where one worker serves one a second, below its capacity, chance hardly passes for overload."""
-    rng, ends = random.Random(3), Counter[str]()
+# -- What chance brings --------------------------------------------------------------------------------
 
-    async def request(session: whitepool.Session[Tool]) -> None:
-        try:
+
+@dataclass
+class Shape:
+    """What requests are like, and how many workers there are for them."""
+
+    workers: int
+    mean: float
+    """Seconds for which a request needs a worker, on average."""
+    service: Callable[[random.Random], float]
+    timeout: Callable[[random.Random], float]
+    burst: int = 1
+
+    async def unserved(self, load: float, count: int, patience: float) -> list[bool]:
+        """Let so many requests come, the same each time; return which of them got no worker."""
+        unserved = [False] * count
+        rng = random.Random(3)
+
+        async def request(
+            session: whitepool.Session[Tool], number: int, service: float, timeout: float
+        ) -> None:
+            try:
+                async with session.worker(timeout=timeout):
+                    await trio.sleep(service)
+            except whitepool.CheckoutTimeout:
+                unserved[number] = True
+
+        async with (
+            whitepool.open_pool(
+                Workshop().make, pool_size=self.workers, max_overflow=0, patience=patience
+            ) as session,
+            trio.open_nursery() as nursery,
+        ):
+            for number in range(count):
+                if number % self.burst == 0:
+                    rate = load * self.workers / self.mean / self.burst
+                    await trio.sleep(rng.expovariate(rate))
+                nursery.start_soon(request, session, number, self.service(rng), self.timeout(rng))
+        return unserved
+
+
+def exponential(rng: random.Random) -> float:
+    return rng.expovariate(1 / SERVICE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "load"),
+    [
+        pytest.param(Shape(1, 1, lambda _: 1, lambda _: 5), 0.8, id="1 s, timeout 5 s"),
+        pytest.param(Shape(1, SERVICE, exponential, lambda _: DEADLINE), 0.8, id="exponential"),
+        pytest.param(Shape(10, SERVICE, lambda _: SERVICE, lambda _: DEADLINE, 20), 0.7, id="bursts"),
+        pytest.param(
+            Shape(10, 0.031, lambda rng: 1 if rng.random() < 0.03 else 0.001, lambda _: 1),
+            0.9,
+            id="3 % of 1 s",
+        ),
+        pytest.param(
+            Shape(2, SERVICE, exponential, lambda rng: 0.1 if rng.random() < 0.5 else 2),
+            0.9,
+            id="timeouts of 0.1 and 2 s",
+        ),
+    ],
+)
+async def test_chance_does_not_pass_for_overload(
+    shape: Shape, load: float, autojump_clock: Clock
+) -> None:
+    """Below its capacity, the pool sheds at most 1 % of what a plain queue would serve in time."""
+    count = 3000
+    ours = await shape.unserved(load, count, patience=0.4)
+    plain = await shape.unserved(load, count, patience=1)
+    only_there = sum(here and not there for here, there in zip(ours, plain, strict=True))
+    assert only_there <= 0.01 * count
+
+
+async def test_few_that_are_served_show_an_overload_too(autojump_clock: Clock) -> None:
+    """One worker that serves one a second, at 1.5 times its capacity, does not go back and forth."""
+    in_time = 0
+
+    async def request(session: whitepool.Session[Tool], number: int) -> None:
+        nonlocal in_time
+        began = trio.current_time()
+        with suppress(whitepool.CheckoutTimeout):
             async with session.worker(timeout=5):
                 await trio.sleep(1)
-            ends["served"] += 1
-        except whitepool.CheckoutTimeout as error:
-            ends[type(error).__name__] += 1
+            in_time += number >= 300 and trio.current_time() - began <= 5
 
+    rng = random.Random(3)
     async with (
         whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session,
         trio.open_nursery() as nursery,
     ):
-        for _ in range(3000):
-            await trio.sleep(rng.expovariate(0.8))
-            nursery.start_soon(request, session)
-    assert ends["PoolOverloaded"] <= 0.06 * 3000
+        for number in range(2000):
+            await trio.sleep(rng.expovariate(1.5))
+            nursery.start_soon(request, session, number)
+    assert in_time >= 0.95 * 1700 / 1.5
+
+
+async def test_an_overload_is_forgotten(autojump_clock: Clock) -> None:
+    """However long it has lasted: when fewer tasks come, they are served as if it had not been."""
+    rng, ends = random.Random(3), Counter[str]()
+
+    async def request(session: whitepool.Session[Tool], phase: str) -> None:
+        try:
+            async with session.worker(timeout=DEADLINE):
+                await trio.sleep(SERVICE)
+        except whitepool.CheckoutTimeout:
+            ends[phase] += 1
+
+    async with (
+        whitepool.open_pool(Workshop().make, pool_size=WORKERS, max_overflow=0) as session,
+        trio.open_nursery() as nursery,
+    ):
+        for phase, load, count in ("over", 3, 6000), ("after", 0.9, 3000):
+            for _ in range(count):
+                await trio.sleep(rng.expovariate(load * CAPACITY))
+                nursery.start_soon(request, session, phase)
+    assert ends["over"] > 3500
+    assert ends["after"] <= 0.01 * 3000
 
 
 # -- The decisions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("joined", "served", "served_before", "expected"),
+    ("joined", "served", "expected"),
     [
-        pytest.param(20, 10, True, True, id="more joined than were served"),
-        pytest.param(11, 10, True, True, id="one more"),
-        pytest.param(2, 1, True, True, id="one was served"),
-        pytest.param(10, 10, True, False, id="1. as many were served as joined"),
-        pytest.param(10, 20, True, False, id="1. it drains"),
-        pytest.param(0, 1, True, False, id="1. no task joined"),
-        pytest.param(20, 0, True, False, id="2. no task was served"),
-        pytest.param(0, 0, True, False, id="2. nothing happened"),
-        pytest.param(20, 10, False, False, id="3. no task was served in the period before"),
+        pytest.param(20, 10, True, id="more joined than were served"),
+        pytest.param(11, 10, True, id="one more"),
+        pytest.param(2, 1, True, id="one was served"),
+        pytest.param(10, 10, False, id="1. as many were served as joined"),
+        pytest.param(10, 20, False, id="1. it drains"),
+        pytest.param(0, 1, False, id="1. no task joined"),
+        pytest.param(20, 0, False, id="2. no task was served"),
+        pytest.param(0, 0, False, id="2. nothing happened"),
     ],
 )
-def test_whether_the_queue_grows(joined: int, served: int, served_before: bool, expected: bool) -> None:
+def test_whether_the_queue_grows(joined: int, served: int, expected: bool) -> None:
     """Since the last look, so many joined and so many were served."""
-    then = Look(joined=100, served=50, served_before=served_before)
-    assert overload.is_growing(then, 100 + joined, 50 + served) is expected
+    assert overload.is_growing(Look(100, 50), Look(100 + joined, 50 + served)) is expected
+
+
+def count_one(excess: Excess, joined: int, served: int, timeout: float = 1.0) -> Excess:
+    """Have a waiter tell about the second from 10 to 11, in which so many joined and were served."""
+    excess.count(11, since=10, timeout=timeout, then=Look(0, 0), look=Look(joined, served))
+    return excess
+
+
+@pytest.mark.parametrize(
+    ("joined", "expected"),
+    [
+        pytest.param(100 + 200 + 8, False, id="as many as can be served in two timeouts, and eight"),
+        pytest.param(100 + 200 + 9, True, id="one more"),
+        pytest.param(50, False, id="the queue drains"),
+    ],
+)
+def test_whether_the_excess_is_lasting(joined: int, expected: bool) -> None:
+    """A hundred are served in a second, and the timeout is one."""
+    assert count_one(Excess(), joined, 100).is_lasting(1) is expected
+
+
+def test_the_excess_is_judged_by_each_timeout() -> None:
+    """What is no chance for a waiter in a hurry may be for one with more time."""
+    excess = count_one(Excess(), 400, 100, timeout=5)
+    assert excess.is_lasting(1)
+    assert not excess.is_lasting(5)
+
+
+def test_nothing_is_lasting_at_first() -> None:
+    """Before any look."""
+    assert not Excess().is_lasting(0.001)
+
+
+def test_the_excess_drains_while_no_task_waits_for_long() -> None:
+    """At half the rate at which tasks were served; the next waiter begins with what is left."""
+    excess = count_one(Excess(), 300, 100)
+    assert excess.tasks == 200
+    excess.count(14, since=13, timeout=1, then=Look(500, 400), look=Look(600, 500))
+    assert excess.tasks == 200 - 2 * 50
+    excess.count(20, since=19, timeout=1, then=Look(900, 800), look=Look(1000, 900))
+    assert excess.tasks == 0
+
+
+def test_waiters_at_the_same_time_count_once() -> None:
+    """Each look counts what has happened since the last one, at whichever waiter that was."""
+    excess = count_one(Excess(), 300, 100)
+    excess.count(11, since=10.2, timeout=1, then=Look(20, 10), look=Look(300, 100))
+    assert excess.tasks == 200
+    excess.count(11.5, since=10.5, timeout=1, then=Look(150, 50), look=Look(320, 150))
+    assert excess.tasks == 170
+
+
+def test_the_excess_has_a_bound() -> None:
+    """Twice what makes it lasting, by the longest timeout since there has been one."""
+    excess = count_one(Excess(), 10_000, 100, timeout=2)
+    assert excess.tasks == 2 * (8 + 2 * 2 * 100)
+    excess.count(11, since=10.9, timeout=0.1, then=Look(9999, 99), look=Look(10_000, 100))
+    assert excess.tasks == 2 * (8 + 2 * 2 * 100)
+
+
+@pytest.mark.parametrize(("waited", "expected"), [(0.7, 400), (0.75, 0)])
+def test_a_stall_makes_no_excess(waited: float, expected: float) -> None:
+    """If none was served for three quarters of a timeout, what has joined since counts no more."""
+    excess = Excess()
+    excess.count(10, since=9, timeout=1, then=Look(0, 0), look=Look(100, 100))
+    excess.count(10 + waited, since=10, timeout=1, then=Look(100, 100), look=Look(300, 100))
+    assert excess.tasks == min(expected, 200)
+
+
+def test_a_short_wait_is_no_stall() -> None:
+    """A waiter in a hurry can't tell: it leaves before the next task is served anyway."""
+    excess = count_one(Excess(), 10, 1, timeout=5)
+    excess.count(11.1, since=11, timeout=0.1, then=Look(10, 1), look=Look(12, 1))
+    assert excess.tasks == 11
+
+
+def test_how_fast_tasks_are_served_is_learned_anew() -> None:
+    """What was served more than some ten timeouts ago counts for less and less."""
+    excess, then = Excess(), Look(0, 0)
+    for second in range(1, 60):
+        served = then.served + (100 if second < 20 else 10)
+        look = Look(served + 40, served)
+        excess.count(second, since=second - 1, timeout=1, then=then, look=look)
+        then = look
+    assert excess.tasks == 40
+    assert excess.is_lasting(1)
 
 
 @pytest.mark.parametrize(

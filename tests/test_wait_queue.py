@@ -287,7 +287,7 @@ async def test_those_that_have_left_are_not_on_the_way(desk: Desk) -> None:
 async def test_a_waiter_is_shed_while_the_queue_grows(
     impatient_desk: Desk, mock_clock: MockClock
 ) -> None:
-    """At its second look, where a task was served in each period, and more joined. (Rule 11.)"""
+    """At its second look, where tasks were served in each period, and many more joined. (Rule 11.)"""
     desk = impatient_desk
     for name in ("first", "second"):
         await desk.join(name)
@@ -295,14 +295,15 @@ async def test_a_waiter_is_shed_while_the_queue_grows(
     await desk.serve()
     await let_pass(mock_clock, 2)
     await desk.serve()
-    for name in ("late", "later"):
+    late = [f"late {number}" for number in range(21)]  # 2 are served in 4 s: 20 take 4 timeouts
+    for name in late:
         await desk.join(name)
     await let_pass(mock_clock, 1.9)
     assert desk.ends == {}
     await let_pass(mock_clock, 0.1)
     assert desk.ends == {"a": ("Shed", 4)}
     assert desk.unserved == 1
-    assert desk.waiting == ["late", "later"]
+    assert desk.waiting == late
 
 
 async def test_no_waiter_is_shed_at_its_first_look(impatient_desk: Desk, mock_clock: MockClock) -> None:

@@ -81,9 +81,9 @@ class Options:
     Tasks for which the pool itself can open, reset or replace a worker do not count."""
 
     patience: float = 0.4
-    """While the wait queue grows, a task is shed with `PoolOverloaded` once it has waited this share of
-    its own timeout, so that the tasks that are served have time left. 1 turns it off. No task is shed
-    from a queue that drains, nor one with ``timeout=math.inf``."""
+    """In a lasting overload, a task is shed with `PoolOverloaded` once it has waited this share of its
+    own timeout, so that the tasks that are served have time left. 1 turns it off. No task is shed in
+    a burst, nor from a queue that drains, nor one with ``timeout=math.inf``."""
 
     held_warning: float = math.inf
     """A worker that is checked out for this long is reported in the log, with what its task is doing.

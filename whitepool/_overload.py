@@ -9,23 +9,92 @@ not by how many wait. That distinguishes a lasting queue from a short burst.
 Here the measure is each waiter's own timeout. `patience` is the share of it that a task may have to
 wait. Half of that is a period, and the wait queue looks at each waiter after each of its periods. If a
 task has waited for two periods, every task that was served in the second one had waited for at least
-one, because the queue is first come, first served. What is left to ask is whether the queue grows.
+one, because the queue is first come, first served. What is left to ask is whether the queue grows
+(`is_growing`), and whether it does so by chance.
+
+For that, `Excess` counts how many more tasks have joined than were served, with those that left: how
+long the queue would be if no task ever left it. A burst, or a minute of bad luck, ends before that is
+more than can be served in twice a waiter's timeout; a lasting overload gets there sooner or later, and
+stays. Then, and until the excess has drained, waiters are shed. (It is a leaky bucket; in statistics, a
+cumulative sum: Page, "Continuous Inspection Schemes", 1954.)
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+TIMEOUTS = 2
+"""An excess is lasting if it takes more than so many of a waiter's timeouts to serve it,"""
+FEW = 8
+"""and so many tasks more, as chance counts for more where few are served within a timeout."""
+MEMORY = 10
+"""For so many timeouts it is remembered how fast tasks were served: most bad luck is shorter."""
+LEAK = 0.5
+"""While no task waits for long, the excess drains at this share of the rate at which tasks were served.
+Some of that time, workers are idle, and some not: the queue can't tell."""
+STALL = 0.75
+"""It is a stall, and no overload, if no task was served for this share of a timeout."""
+
 
 class Look(NamedTuple):
-    """What there was to see when the wait queue looked at a waiter."""
+    """What there was to see when the wait queue looked at a waiter, or when that joined."""
 
     joined: int
     """How many tasks had ever joined the queue."""
     served: int
     """How many of them had been served."""
-    served_before: bool
-    """Whether a task was served in the period that ended with this look."""
+
+
+class Excess:
+    """How many more tasks have joined than were served, and how fast they are served.
+
+    The wait queue calls `count` at each look. The waiter that it looks at tells about the time since it
+    joined: the queue was never empty in it. Of the time before, back to the last look, nothing is known
+    but that no task waited for long. This way, joining and serving cost nothing more.
+    """
+
+    __slots__ = ("_longest", "_seconds", "_seen", "_served", "_until", "tasks")
+
+    def __init__(self) -> None:
+        self.tasks = 0.0
+        """How many more joined than were served, less what has drained."""
+        # So many tasks were served in so many seconds in which others waited.
+        self._served = 0.0
+        self._seconds = 0.0
+        self._until = 0.0  # the time of the last look
+        self._seen = Look(0, 0)
+        self._longest = 0.0  # the longest timeout of a waiter since there has been an excess
+
+    def count(self, now: float, since: float, timeout: float, then: Look, look: Look) -> None:
+        """Count what has happened up to a `look`; `then` is what there was when the waiter joined."""
+        if since > self._until:
+            if self._seconds:
+                idle = since - self._until
+                self.tasks = max(0.0, self.tasks - LEAK * idle * self._served / self._seconds)
+            self._until, self._seen = since, then
+        served = look.served - self._seen.served
+        self.tasks += look.joined - self._seen.joined - served
+        self._served += served
+        self._seconds += now - self._until
+        self._until, self._seen = now, look
+        if self._seconds > MEMORY * timeout:
+            self._served /= 2
+            self._seconds /= 2
+        if self.tasks <= 0:
+            self.tasks = self._longest = 0.0
+        self._longest = max(timeout, self._longest)
+        if look.served == then.served and now - since >= STALL * self._longest:
+            self.tasks = 0.0
+        elif self._seconds:
+            # An hour of overload is forgotten as soon as a minute of it.
+            self.tasks = min(self.tasks, 2 * self._bound(self._longest))
+
+    def is_lasting(self, timeout: float) -> bool:
+        """Say whether the excess is too great to be chance, for a waiter with this timeout."""
+        return self._seconds > 0 and self.tasks > self._bound(timeout)
+
+    def _bound(self, timeout: float) -> float:
+        return FEW + TIMEOUTS * timeout * self._served / self._seconds
 
 
 def period(patience: float) -> float:
@@ -33,15 +102,13 @@ def period(patience: float) -> float:
     return patience / 2 if patience < 1 else 1
 
 
-def is_growing(last: Look, joined: int, served: int) -> bool:
-    """Say whether the queue grew in the period since the `last` look: waiting longer can't help.
+def is_growing(last: Look, look: Look) -> bool:
+    """Say whether the queue grew in the period between two looks at a waiter.
 
     1. More tasks joined than were served: else the queue drains, and the waiter's turn comes.
     2. A task was served: else nothing is gained by shedding another.
-    3. A task was served in the period before, too. After a stall it takes one more period to tell, as
-       the stall may have taken up most of the first.
     """
-    return last.served_before and joined - last.joined > served - last.served > 0
+    return look.joined - last.joined > look.served - last.served > 0
 
 
 def next_look(now: float, ends: float, seconds: float) -> float:

@@ -95,6 +95,7 @@ class WaitQueue(Generic[E]):
         # waiter here, until there are too many of those: to search for each would take too long.
         self._waiters: deque[Waiter] = deque()
         self._period = overload.period(patience)
+        self._excess = overload.Excess()
         # A heap. No waiter is in it before the time has come to look at any that joined with it or
         # later: most are served long before that. Those that are, leave their timers here for a while.
         self._timers: list[Timer] = []
@@ -200,16 +201,19 @@ class WaitQueue(Generic[E]):
 
     def _on_timer(self, timer: Timer, now: float) -> None:
         """Look at a waiter one period after the last look, or when its time is up."""
-        _, number, waiter, last_look = timer
+        _, number, waiter, last = timer
         if waiter.task is None:
             return
-        last = last_look or overload.Look(number, waiter.served_before, served_before=False)
         ends = waiter.since + waiter.timeout
         if now >= ends:
             self.fail(waiter, self._make_timeout(waiter.task, waiter.timeout))
-        elif overload.is_growing(last, self._joined, self.served):
+            return
+        look = overload.Look(self._joined, self.served)
+        joining = overload.Look(number, waiter.served_before)
+        self._excess.count(now, waiter.since, waiter.timeout, joining, look)
+        # At the first look, some that were served in the period may have waited for a moment only.
+        if last and overload.is_growing(last, look) and self._excess.is_lasting(waiter.timeout):
             self.fail(waiter, self._make_overload())
         else:
-            look = overload.Look(self._joined, self.served, self.served > last.served)
             again = overload.next_look(now, ends, self._period * waiter.timeout)
             heappush(self._timers, (again, number, waiter, look))
