@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help bench docs demo test test-lowest test-pgbouncer lint types fuzz clean
+.PHONY: help bench fleet docs demo test test-lowest test-pgbouncer lint types fuzz clean
 
 help:
 	@echo "make demo   the main job, against a PostgreSQL of its own"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint   ruff"
 	@echo "make types  mypy --strict"
 	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"
+	@echo "make fleet  what many pools do to a server that they share: a simulation, in minutes"
 	@echo "make docs   the documentation, in docs/_build; a warning is an error"
 
 demo: $(VENV)/installed
@@ -48,6 +49,10 @@ types: $(VENV)/installed
 # The other pools are not for .venv: they would be there when the tests and mypy run.
 bench: .venv-bench/installed
 	.venv-bench/bin/python -m benchmarks $(ARGS)
+
+# Only a part: make fleet ARGS='--only restart'
+fleet: $(VENV)/installed
+	$(BIN)/python -m benchmarks.fleet $(ARGS)
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build

@@ -17,9 +17,9 @@ from trio.testing import wait_all_tasks_blocked
 
 import whitepool
 
+from .canned_server import canned_server
 from .case import Case, Figure, at_most
 from .idle import SIZES, pool_of
-from .model_server import model_server
 from .peers import (
     ASYNCPG_BARE,
     BARE_QUEUE,
@@ -83,7 +83,7 @@ def _per_query(peer: Peer, _: str, size: int) -> tuple[float, float]:
     # A thousand connections are more descriptors than a process may have open by default.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with model_server() as dsn:
+    with canned_server() as dsn:
         rate, cpu = fetch(peer, dsn, size, "SELECT 1")
     return 1e6 / rate, cpu
 

@@ -1,16 +1,16 @@
-"""The figures as plots, to be read on white and on black: no background, colours of middling light."""
+"""The figures as plots."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from .look import BLUE, GREEN, GREY, LOOK, ORANGE, TEAL, canvas, label, save
 from .peers import (
     ASYNCPG,
     ASYNCPG_BARE,
@@ -29,7 +29,6 @@ from .peers import (
 )
 from .row import Row
 
-GREY, ORANGE, BLUE, GREEN, TEAL = "#808080", "#e8590c", "#4c8dd6", "#3a9e5f", "#25a5a5"
 STYLES = {
     WHITEPOOL.name: (ORANGE, "-"),
     PSYCOPG.name: (BLUE, "-"),
@@ -48,23 +47,6 @@ STYLES = {
 }
 """One colour for each library; what runs on uvloop is dashed. Limits are grey."""
 
-LOOK: Any = {  # matplotlib types the keys one by one
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "whitepool",  # the same figures make the same file
-    "font.family": "sans-serif",
-    "text.color": GREY,
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": GREY,
-    "axes.titlesize": "medium",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": GREY,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
-
 
 def write(folder: Path, rows: list[Row]) -> None:
     """Draw what was measured."""
@@ -74,30 +56,30 @@ def write(folder: Path, rows: list[Row]) -> None:
 
     with matplotlib.rc_context(LOOK):
         if "checkout" in plots:
-            axes = _canvas("checkouts a second, on 4 connections", "tasks", "checkouts / s")
+            axes = canvas("checkouts a second, on 4 connections", "tasks", "checkouts / s")
             _lines(axes, plots["checkout"])
             axes.set_yscale("log")
-            _save(axes, folder / "checkout.svg")
+            save(axes, folder / "checkout.svg")
         if "query" in plots:
-            axes = _canvas("SELECT 1 through the pool, 16 connections", "queries / s", "")
+            axes = canvas("SELECT 1 through the pool, 16 connections", "queries / s", "")
             _bars(axes, plots["query"])
-            _save(axes, folder / "query.svg")
+            save(axes, folder / "query.svg")
         for name, title, x, y in LINES:
             if name in plots:
-                axes = _canvas(title, x, y)
+                axes = canvas(title, x, y)
                 _lines(axes, plots[name])
                 axes.set_ylim(bottom=0)
-                _save(axes, folder / f"{name}.svg")
+                save(axes, folder / f"{name}.svg")
         if "growth-waiter" in plots:
             figure = Figure(figsize=(8, 3.4), layout="constrained")
             panels = figure.subplots(1, len(PANELS))
             for axes, (name, title) in zip(panels, PANELS, strict=True):
-                _label(axes, title, "how many", "KiB each" if axes is panels[0] else "")
+                label(axes, title, "how many", "KiB each" if axes is panels[0] else "")
                 _lines(axes, plots[name])
                 axes.set_ylim(bottom=0)
                 axes.get_legend().remove()
             figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            _save(panels[0], folder / "growth-memory.svg")
+            save(panels[0], folder / "growth-memory.svg")
 
 
 LINES = (
@@ -114,20 +96,6 @@ PANELS = (
     ("growth-pool", "a pool without workers"),
 )
 """Those of what takes memory."""
-
-
-def _canvas(title: str, x: str, y: str) -> Axes:
-    axes = Figure(figsize=(8, 3.8), layout="constrained").add_subplot()
-    _label(axes, title, x, y)
-    return axes
-
-
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(True)
-    axes.set_axisbelow(True)
 
 
 def _lines(axes: Axes, rows: Iterable[Row]) -> None:
@@ -156,9 +124,3 @@ def _bars(axes: Axes, rows: Iterable[Row]) -> None:
     axes.margins(x=0.12)
     axes.grid(False, axis="y")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-
-
-def _save(axes: Axes, path: Path) -> None:
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})

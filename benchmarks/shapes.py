@@ -26,25 +26,8 @@ import whitepool
 
 from . import overload
 from .case import Case, Figure, at_least, at_most
+from .model_server import JumpingClock
 from .peers import ASYNCPG, PSYCOPG, WHITEPOOL, Peer, Pool, counted
-
-
-class Jumping(trio.abc.Clock):
-    """A clock that jumps to the next deadline when no task can run. (`MockClock` takes longer.)"""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def start_clock(self) -> None: ...
-
-    def current_time(self) -> float:
-        return self.now
-
-    def deadline_to_sleep_time(self, deadline: float) -> float:
-        """Trio asks for this when no task can run."""
-        self.now = max(self.now, deadline)
-        return 0
-
 
 Draw = Callable[[random.Random], float]
 
@@ -165,7 +148,7 @@ def simulate(coming: list[Request], workers: int, patience: float) -> list[float
                 await trio.sleep_until(request.arrives)
                 nursery.start_soon(client, session, number, request)
 
-    trio.run(main, clock=Jumping())
+    trio.run(main, clock=JumpingClock())
     return waited
 
 
