@@ -103,13 +103,15 @@ def test_without_jitter_they_are_replaced_together() -> None:
 
 # -- A spike -------------------------------------------------------------------------------------------
 
-SPIKE = (3.0, 9.0)
-LENGTH = 26.0
+SPIKE = (3.0, 15.0)
+KNOWN = 9.0
+"""By then, three timeouts after its beginning, each pool knows that this is no burst."""
+LENGTH = 28.0
 
 
 @cache
 def spiked(patience: float, cancels: bool) -> fleets.Spike:
-    """Triple the load of a hundred pools of two connections for six seconds.
+    """Triple the load of a hundred pools of two connections for twelve seconds.
 
     That many connections are right for the server: all of them at work, each answers in half a second,
     a quarter of the deadline.
@@ -128,18 +130,18 @@ def spiked(patience: float, cancels: bool) -> fleets.Spike:
 
 @pytest.mark.parametrize("cancels", [True, False])
 def test_a_spike_leaves_no_collapse_behind(cancels: bool) -> None:
-    """In the spike the server does little that is of no use, and afterwards all load is served again,
-    although clients repeat what has failed. That holds whether or not the server takes requests to
+    """As soon as the pools know of the spike, the server does little that is of no use, and afterwards
+    all load is served again, although clients repeat what has failed. That holds whether or not the server takes requests to
     cancel what its clients have given up."""
     result = spiked(0.4, cancels)
-    assert result.goodput(*SPIKE) >= 0.9
+    assert result.goodput(KNOWN, SPIKE[1]) >= 0.9
     assert result.goodput(LENGTH - 8, LENGTH) >= 0.65  # the load is 0.7
 
 
 def test_without_shedding_the_collapse_lasts() -> None:
     """The load is the usual one again, but the repetitions keep the queues full."""
     result = spiked(1.0, True)
-    assert result.goodput(*SPIKE) < 0.5
+    assert result.goodput(KNOWN, SPIKE[1]) < 0.5
     assert result.goodput(LENGTH - 8, LENGTH) < 0.2
 
 
@@ -150,12 +152,12 @@ def fair_share(result: fleets.Spike) -> float:
 
 
 def test_no_pool_starves_in_a_spike() -> None:
-    """Each gets two thirds of its share of the server, at least."""
-    assert fair_share(spiked(0.4, True)) >= 2 / 3
+    """Each gets two fifths of its share of the server, at least, the time until it knows included."""
+    assert fair_share(spiked(0.4, True)) >= 2 / 5
 
 
 def test_without_shedding_pools_starve() -> None:
-    assert fair_share(spiked(1.0, True)) < 1 / 2
+    assert fair_share(spiked(1.0, True)) < 1 / 4
 
 
 # -- The model -----------------------------------------------------------------------------------------
