@@ -131,8 +131,8 @@ def spiked(patience: float, cancels: bool) -> fleets.Spike:
 @pytest.mark.parametrize("cancels", [True, False])
 def test_a_spike_leaves_no_collapse_behind(cancels: bool) -> None:
     """As soon as the pools know of the spike, the server does little that is of no use, and afterwards
-    all load is served again, although clients repeat what has failed. That holds whether or not the server takes requests to
-    cancel what its clients have given up."""
+    all load is served again, although clients repeat what has failed. That holds whether or not the
+    server takes requests to cancel what its clients have given up."""
     result = spiked(0.4, cancels)
     assert result.goodput(KNOWN, SPIKE[1]) >= 0.9
     assert result.goodput(LENGTH - 8, LENGTH) >= 0.65  # the load is 0.7

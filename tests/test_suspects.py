@@ -305,6 +305,30 @@ async def test_a_failed_probe_has_the_others_probed(autojump_clock: MockClock) -
         assert not manager.shop.alive
 
 
+@pytest.mark.parametrize(("reset_timeout", "seconds"), [(5, 1), (0.5, 0.5)])
+async def test_a_suspect_may_have_less_time_to_answer(
+    reset_timeout: float, seconds: float, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No client can get it meanwhile, and it takes the place of a worker that is alive."""
+    monkeypatch.setattr(Talking, "_suspect_timeout", 1)
+    manager = Talking()
+    async with whitepool.open_pool(
+        manager, pool_size=3, max_overflow=0, reset_timeout=reset_timeout
+    ) as session:
+        old = set(manager.shop.tools)
+        manager.words = dict.fromkeys(old, WORDS)
+        manager.before_check = lambda tool: (
+            trio.sleep_forever() if tool in old else trio.lowlevel.checkpoint()
+        )
+        await destroy_it(manager, session)
+        assert session.statistics().resetting == 2
+        await trio.sleep(seconds - 0.01)
+        assert session.statistics().lost == 0
+        await trio.sleep(0.02)
+        assert (session.statistics().lost, session.statistics().idle) == (2, 3)
+        assert not old & set(manager.shop.alive)
+
+
 async def test_a_hang_up_makes_no_worker_suspect(caplog: pytest.LogCaptureFixture) -> None:
     """The hang-ups of the others are seen without a probe."""
     manager = Talking()

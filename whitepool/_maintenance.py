@@ -106,7 +106,8 @@ class Maintenance(Generic[T]):
 
         It is done at most once in `PROBE_ALL_PAUSE`; if it is too early, it is done later. Not just
         half of them are probed, so a client may have to wait: it would get one of the suspects
-        otherwise. With ``check_interval=math.inf`` no worker is ever probed.
+        otherwise. It does not wait for long: `WorkerManager._suspect_timeout` limits the probes. With
+        ``check_interval=math.inf`` no worker is ever probed.
         """
         if self._options.check_interval == math.inf:
             return
@@ -184,10 +185,13 @@ class Maintenance(Generic[T]):
         if self._suspects_due <= now:
             self._suspects_due = math.inf
             self._suspects_probed_at = now
-            self._have_probed(sizing.suspects(self._roster.idle, self._suspected_at), now)
+            suspects = sizing.suspects(self._roster.idle, self._suspected_at)
+            self._have_probed(suspects, now, are_suspects=True)
         return self._suspects_due
 
-    def _have_probed(self, entries: Iterable[Entry[T]], now: float) -> None:
+    def _have_probed(
+        self, entries: Iterable[Entry[T]], now: float, *, are_suspects: bool = False
+    ) -> None:
         for entry in entries:
             self._roster.begin_probe(entry, now)
-            entry.task.probe()
+            entry.task.probe(is_suspect=are_suspects)

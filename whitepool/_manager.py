@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
@@ -51,6 +52,10 @@ class WorkerManager(Generic[T]):
 
     _session_class: ClassVar[type[Session[Any]] | None] = None
     """What clients of the pool hold. None: a `Session`."""
+
+    _suspect_timeout: ClassVar[float] = math.inf
+    """Seconds in which a worker has to answer a probe when another one has just been found useless, if
+    that is less than `reset_timeout`. No client can get it until then."""
 
     async def create(self) -> T:
         """Open a worker.

@@ -97,9 +97,9 @@ class WorkerTask(Generic[T]):
         """Have the worker made ready for its next client: by the hook `on_checkin`, and a reset."""
         self._wake_for(self._reset_with_hooks)
 
-    def probe(self) -> None:
-        """Have the worker asked for a sign of life."""
-        self._wake_for(self._probe)
+    def probe(self, *, is_suspect: bool = False) -> None:
+        """Have the worker asked for a sign of life. One that is suspect may have less time for it."""
+        self._wake_for(partial(self._probe, is_suspect))
 
     def close(self, *, is_open: bool) -> None:
         """Have the worker closed; if it is not open yet, have the opening given up."""
@@ -260,17 +260,21 @@ class WorkerTask(Generic[T]):
         if needs_reset is not None and needs_reset(worker):
             await self._manager.reset(worker)
 
-    async def _probe(self) -> None:
-        if await self._attempt("check_failed", lambda: self._manager.check(self._entry.worker)):
+    async def _probe(self, is_suspect: bool) -> None:
+        within = self._manager._suspect_timeout if is_suspect else math.inf
+        check = partial(self._manager.check, self._entry.worker)
+        if await self._attempt("check_failed", check, within=within):
             self._entry.probed_at = trio.current_time()
             self._owner.on_ready(self._entry)
 
-    async def _attempt(self, reason: Reason, job: Callable[[], Awaitable[None]]) -> bool:
+    async def _attempt(
+        self, reason: Reason, job: Callable[[], Awaitable[None]], *, within: float = math.inf
+    ) -> bool:
         """Do something to the worker within `reset_timeout`, and say whether it succeeded.
 
-        Where it did not, the worker has to leave for that reason.
+        Where it did not, the worker has to leave for that reason. `within` is for a shorter time.
         """
-        timeout = self._options.reset_timeout
+        timeout = min(within, self._options.reset_timeout)
         activity = self._activity_within(timeout)
         if self._entry.state is State.CLOSING:
             activity.cancel()

@@ -277,11 +277,11 @@ async def test_a_cancellation_that_overtakes_its_query_is_repeated(
     requests = 0
     ask = connection.cancel_safe
 
-    async def ignored_at_first() -> None:
+    async def ignored_at_first(*, timeout: float) -> None:
         nonlocal requests
         requests += 1
         if requests > 2:
-            await ask()
+            await ask(timeout=timeout)
 
     monkeypatch.setattr(connection, "cancel_safe", ignored_at_first)
     with trio.fail_after(4), trio.CancelScope() as scope:

@@ -8,12 +8,21 @@ from typing import Any
 
 import pytest
 import trio
-from connections import SLOW, Connection, check_usable, closing, read_all
+from connections import SLOW, Connection, backend, check_usable, closing, read_all
 from embedded_postgres import EmbeddedPostgres
+from onlooker import Onlooker, freeze, thaw
 from proxy import Proxy, open_proxy
 from psycopg.conninfo import make_conninfo
+from timing import until
 
-from whitepool.postgres import PostgresManager, TrioConnection, connect, open_pool
+from whitepool.postgres import (
+    PostgresManager,
+    TrioConnection,
+    _cancelling,
+    _connection,
+    connect,
+    open_pool,
+)
 
 Stall = Callable[[], None]
 Operation = Callable[[Connection, Stall], Awaitable[object]]
@@ -69,6 +78,19 @@ async def pipelines_in_transactions(connection: Connection, stall: Stall) -> Non
     async with connection.transaction(), connection.pipeline(), connection.transaction():
         await query(connection, stall)
         await connection.commit()
+
+
+async def nested_transactions_in_a_query(connection: Connection, stall: Stall) -> None:
+    async with connection.transaction(), connection.transaction():
+        await query(connection, stall)
+
+
+async def pipeline_left(connection: Connection, stall: Stall) -> None:
+    """What it has sent is under way, and no operation waits for it."""
+    async with connection.pipeline():
+        await connection.execute("SELECT pg_sleep(30)")
+        stall()
+        await trio.sleep_forever()
 
 
 async def stream(connection: Connection, stall: Stall) -> None:
@@ -147,10 +169,11 @@ async def test_a_silent_network_delays_a_cancelled_task_once(
     proxy: Proxy, connection: Connection, operation: Operation, network: str
 ) -> None:
     """However many blocks are left, and whatever was under way in them: then it is closed."""
-    begun = trio.current_time()
-    with trio.move_on_after(0.5) as scope:
+    connection.cleanup_timeout = 0.5
+    with trio.move_on_after(0.3) as scope:
         await operation(connection, proxy.stall if network == "stalls" else proxy.drop)
-    assert trio.current_time() - begun < 0.8
+    # Twice would be a second.
+    assert trio.current_time() - scope.deadline < 0.95
     assert scope.cancelled_caught
     assert connection.closed
 
@@ -248,3 +271,98 @@ async def test_without_a_bound(dsn: str) -> None:
                 await connection.execute(SLOW)
         assert scope.cancelled_caught
         await check_usable(connection)
+
+
+# -- A server that is silent is not waited for until the end ------------------------------------------
+
+SILENT = "08006: the server did not answer a request to cancel"
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> float:
+    """How long a server may take for a request to cancel. It is longer where no test waits for it."""
+    for module in (_cancelling, _connection):
+        monkeypatch.setattr(module, "SILENCE", 0.6)
+    return 0.6
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [nested_transactions_in_a_query, pipeline_left, stream_left_early, copy_out],
+)
+async def test_a_silent_server_is_given_up_early(
+    proxy: Proxy, connection: Connection, operation: Operation, silence: float
+) -> None:
+    """It does not process the first request to cancel, so it will not do what a clean-up waits for."""
+    connection.cleanup_timeout = 5
+    with trio.move_on_after(0.3) as scope:
+        await operation(connection, proxy.drop)
+    taken = trio.current_time() - scope.deadline
+    assert silence - 0.1 < taken < silence + 0.5
+    assert scope.cancelled_caught
+    assert connection.closed
+    assert connection._last_words == SILENT
+
+
+async def test_a_server_that_processes_requests_has_all_the_time(
+    dsn: str, onlooker: Onlooker, silence: float
+) -> None:
+    """It is alive, and one query may take longer to end: the connection is saved."""
+    async with await connect(dsn) as connection:
+        mine = backend(connection)
+
+        async def thaw_later() -> None:
+            await trio.sleep(2 * silence)
+            thaw(mine)
+
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(freeze_when_active, onlooker, mine, scope)
+                nursery.start_soon(thaw_later)
+                await connection.execute(SLOW)
+        assert scope.cancelled_caught
+        await connection.rollback()
+        await check_usable(connection)
+
+
+async def freeze_when_active(onlooker: Onlooker, backend: int, scope: trio.CancelScope) -> None:
+    await onlooker.until_active(backend)
+    freeze(backend)
+    scope.cancel()
+
+
+@pytest.mark.parametrize(("cleanup_timeout", "words"), [(0.3, SILENT), (0.01, ""), (0, "")])
+async def test_a_shorter_time_may_tell_as_well(
+    proxy: Proxy, connection: Connection, cleanup_timeout: float, words: str
+) -> None:
+    """That the server is silent; but a hundredth of a second is too short to say so."""
+    connection.cleanup_timeout = cleanup_timeout
+    with trio.move_on_after(0.1):
+        await query(connection, proxy.drop)
+    assert connection.closed
+    assert connection._last_words == words
+
+
+async def test_one_that_is_silent_makes_the_others_suspect(
+    server: EmbeddedPostgres, proxy: Proxy
+) -> None:
+    """The client that finds out loses its time. No other does: all connections are replaced."""
+    conninfo = make_conninfo(server.dsn, **proxy.address)
+    async with open_pool(conninfo, pool_size=5, max_overflow=0, autocommit=True) as session:
+        proxy.drop()
+        with trio.move_on_after(0.1) as scope:
+            async with session.worker() as connection:
+                await connection.execute("SELECT 1")
+        assert scope.cancelled_caught
+        found = trio.current_time()
+        proxy.resume()  # for new connections: those that are open have lost what was sent
+        with trio.fail_after(5):
+            for _ in range(10):
+                async with session.worker() as connection:
+                    await connection.execute("SELECT 1")
+        assert trio.current_time() - found < 1
+        await until(lambda: session.statistics().idle == 5)
+        assert trio.current_time() - found < 2
+        now = session.statistics()
+        assert now.last_words == {"dead": SILENT}
+        assert (now.lost, now.started) == (5, 10)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -12,6 +17,8 @@ import pytest
 import trio
 from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
+from proxy import Proxy
+from psycopg import pq
 from psycopg.conninfo import make_conninfo
 from standby import REPLICATING, Standby, replicate_synchronously
 from timing import until
@@ -275,3 +282,155 @@ async def test_readers_survive_the_loss_of_the_standby(pair: Pair) -> None:
                     assert await port_of(connection) == pair.primary.port
             finally:
                 await trio.to_thread.run_sync(pair.standby.start)
+
+
+# -- Where connections go ---------------------------------------------------------------------------
+
+
+async def shares(pool: Session) -> Counter[int]:
+    """How many of the pool's connections go to each port. None of them is in use."""
+    async with AsyncExitStack() as stack:
+        held = [
+            await stack.enter_async_context(pool.worker()) for _ in range(pool.statistics().pool_size)
+        ]
+        return Counter(connection.info.port for connection in held)
+
+
+@pytest.mark.skipif(pq.version() < 160000, reason="libpq balances the load since version 16")
+@pytest.mark.parametrize("by", ["max_lifetime", "retire_all"])
+async def test_a_replica_that_comes_back_gets_its_share(pair: Pair, by: str) -> None:
+    """When its turn comes to have its connections replaced, and not before."""
+    conninfo = pair.conninfo(want="any", load_balance_hosts="random", connect_timeout=2)
+    max_lifetime = 1.5 if by == "max_lifetime" else 600
+    with trio.fail_after(20):
+        # That all of twenty go to the same of the two: once in half a million.
+        async with open_pool(
+            conninfo, pool_size=20, max_overflow=0, max_starting=10, max_lifetime=max_lifetime
+        ) as pool:
+            assert set(await shares(pool)) == {pair.primary.port, pair.standby.port}
+            await trio.to_thread.run_sync(pair.standby.stop, "immediate")
+            try:
+                await until(lambda: pool.statistics().lost > 0)
+                await until(lambda: pool.statistics().idle == 20)
+                assert set(await shares(pool)) == {pair.primary.port}
+            finally:
+                await trio.to_thread.run_sync(pair.standby.start)
+            if by == "retire_all":
+                assert set(await shares(pool)) == {pair.primary.port}
+                pool.retire_all(over=0.5)
+            before = pool.statistics().retired
+            await until(lambda: pool.statistics().retired >= before + 20)
+            await until(lambda: pool.statistics().idle == 20)
+            assert set(await shares(pool)) == {pair.primary.port, pair.standby.port}
+            check_books(pool)
+
+
+async def test_a_name_that_leads_elsewhere(
+    pair: Pair, server: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked up for each connection that is opened. Those that are open stay where they are."""
+    address = "127.0.0.1"
+    lookups = 0
+
+    def resolve(host: str, port: Any, *args: Any, **keywords: Any) -> list[Any]:
+        nonlocal lookups
+        lookups += host == "db.invalid"
+        found = address if host == "db.invalid" else host
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (found, int(port)))]
+
+    # The other server has another port: a proxy on another address of this machine leads to it.
+    (listener,) = await trio.open_tcp_listeners(pair.primary.port, host="127.0.0.2")
+    proxy = Proxy(pair.primary.port, ("127.0.0.1", server.port))
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    conninfo = make_conninfo(pair.conninfo(pair.primary, want="any"), host="db.invalid")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
+        with trio.fail_after(10):
+            async with open_pool(conninfo, pool_size=3, max_overflow=0) as pool:
+                assert lookups == 3
+                address = "127.0.0.2"
+                async with pool.worker() as connection:
+                    assert await port_of(connection) == pair.primary.port
+                assert lookups == 3
+                pool.retire_all()
+                await until(lambda: pool.statistics().retired == 3 and pool.statistics().idle == 3)
+                assert lookups == 6
+                for _ in range(3):
+                    async with pool.worker() as connection:
+                        assert connection.info.hostaddr == "127.0.0.2"
+                        assert await port_of(connection) == server.port
+        nursery.cancel_scope.cancel()
+
+
+# -- Readers and a writer ---------------------------------------------------------------------------
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "readers.py"
+
+AUTHORS = [f"post {number}: its author reads it from" for number in range(3)]
+
+
+async def until_replicated(pair: Pair) -> None:
+    """Return when the standby has all that the primary has: one of them may have been restarted."""
+    writing, reading = Onlooker(pair.primary.dsn), Onlooker(pair.standby.dsn)
+    position = writing.ask("SELECT pg_current_wal_insert_lsn()")
+    replayed = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
+    # A standby waits for five seconds before it looks again for a primary that was down.
+    await until(lambda: reading.ask(replayed, position) is True, within=15)
+    writing.close()
+    reading.close()
+
+
+async def read_and_write(pair: Pair) -> list[str]:
+    """Run `examples/readers.py`, and return what it says."""
+    environment = {
+        "WRITER": pair.conninfo(pair.standby, pair.primary, want="read-write"),
+        "READERS": pair.conninfo(pair.standby, pair.primary, want="prefer-standby"),
+    }
+    with trio.fail_after(30):
+        result = await trio.run_process(
+            [sys.executable, "-X", "dev", str(EXAMPLE)],
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+            env={**os.environ, **environment},
+        )
+    assert (result.returncode, result.stderr) == (0, b"")
+    return result.stdout.decode().splitlines()
+
+
+async def test_readers_read_from_the_replica(pair: Pair) -> None:
+    """Also what they have written, as soon as it is there."""
+    await until_replicated(pair)
+    assert await read_and_write(pair) == [
+        *(f"{author} a replica" for author in AUTHORS),
+        "post 0: others read it from a replica",
+    ]
+
+
+async def test_a_replica_that_falls_behind(pair: Pair) -> None:
+    """What others read is old. Authors read from the primary."""
+    writing, reading = Onlooker(pair.primary.dsn), Onlooker(pair.standby.dsn)
+    writing.do("CREATE TABLE post (text text)")
+    await until_replicated(pair)
+    reading.do("SELECT pg_wal_replay_pause()")
+    try:
+        assert await read_and_write(pair) == [
+            *(f"{author} the primary" for author in AUTHORS),
+            "post 0: others read it from nowhere yet",
+        ]
+    finally:
+        reading.do("SELECT pg_wal_replay_resume()")
+        writing.close()
+        reading.close()
+
+
+async def test_no_replica_is_left(pair: Pair) -> None:
+    """A pool that only prefers one reads from the primary."""
+    pair.standby.stop("immediate")
+    try:
+        assert await read_and_write(pair) == [
+            *(f"{author} the primary" for author in AUTHORS),
+            "post 0: others read it from the primary",
+        ]
+    finally:
+        pair.standby.start()

@@ -20,6 +20,7 @@ from psycopg.rows import Row
 from psycopg.transaction import AsyncTransaction
 
 from ._cancelling import cancel_until, checkpoint_before_commit, shielded_cleanup
+from ._last_words import is_silent
 from ._waiting import ungrouped, uninterrupted_block
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class TrioPipeline(AsyncPipeline):
         with shielded_cleanup(self._conn) as scope:
             # No task waits any more for the results of what the server is still working on.
             if scope.shield and self.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                await self._cancel_and_leave(exc_type, exc_val, exc_tb)
+                await self._cancel_and_leave(scope, exc_type, exc_val, exc_tb)
             else:
                 await self._leave(exc_type, exc_val, exc_tb)
         if scope.cancelled_caught:
@@ -143,16 +144,21 @@ class TrioPipeline(AsyncPipeline):
             return
         raise interruption  # out here, so that its context stays what it was
 
-    async def _cancel_and_leave(self, *exception: Any) -> None:
+    async def _cancel_and_leave(self, scope: trio.CancelScope, *exception: Any) -> None:
         """Leave while the server is working: cancel there whatever the pipeline has sent.
 
-        Call it within `shielded_cleanup`, in a task that is being cancelled.
+        Call it within `shielded_cleanup`, whose scope is `scope`, in a task that is being cancelled.
         """
         left = trio.Event()
+
+        async def cancel() -> None:
+            # If the requests are refused, the pipeline may still end by itself in time.
+            if not await cancel_until(self._conn, left.wait) and is_silent(self._conn):
+                scope.cancel()
+
         with ungrouped():
             async with trio.open_nursery() as nursery:
-                # If no request reaches the server, the pipeline may still end by itself in time.
-                nursery.start_soon(cancel_until, self._conn, left.wait)
+                nursery.start_soon(cancel)
                 await self._leave(*exception)
                 left.set()
 

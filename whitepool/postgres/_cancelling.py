@@ -24,6 +24,7 @@ from psycopg.abc import PQGen
 from psycopg.waiting import Ready, Wait
 from trio.lowlevel import checkpoint_if_cancelled
 
+from ._last_words import note_silence
 from ._waiting import drive
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ FIRST_PAUSE = 0.1
 
 MAX_REFUSALS = 3
 """Failed requests to cancel one operation after which no more are made."""
+
+SILENCE = 1.25
+"""Seconds after which a server that has not processed a request to cancel is taken for frozen, or cut
+off: what a clean-up could still wait for will not come. A live one needs milliseconds; but if the first
+packet gets lost, TCP repeats it after a second."""
 
 RESULTS_AT_ONCE = 100
 """Results, or rows of a COPY, that are skipped before other tasks may have their turn."""
@@ -171,15 +177,24 @@ async def cancel_until(
 
     The server ignores a request that overtakes its query, so one request is not enough. Between two
     requests, `has_ended` is awaited; it is cancelled when it is time for the next one, and called
-    again after it. Returns whether it has returned: not if `MAX_REFUSALS` requests have failed. Call
-    this within `cleanup_scope`, as there is no other limit to it.
+    again after it. Returns whether it has returned: not if `MAX_REFUSALS` requests have failed, nor if
+    the server is silent for `SILENCE`. Call this within `cleanup_scope`, as there is no other limit.
     """
     pause, refusals = FIRST_PAUSE, 0
     while True:
+        asked_at = trio.current_time()
         try:
-            await connection.cancel_safe()
+            await connection.cancel_safe(timeout=SILENCE)
         except psycopg.ProgrammingError:
             pass  # a prepared two-phase transaction can't be cancelled: wait for its end
+        except errors.CancellationTimeout:
+            note_silence(connection)
+            return False
+        except trio.Cancelled:
+            # A `cleanup_timeout` that is shorter than `SILENCE`. It may tell all the same.
+            if trio.current_time() - asked_at >= FIRST_PAUSE:
+                note_silence(connection)
+            raise
         except Exception:
             # The server may have received the request all the same, so one failure says little. After
             # several, it is plain that the server can't be reached.

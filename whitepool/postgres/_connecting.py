@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -22,7 +22,11 @@ from psycopg.conninfo import (
 
 from .._checks import check_runs_on_trio, check_seconds, did_you_mean
 from .._options import Options
-from ._waiting import poll
+from ._waiting import poll, ungrouped
+
+SILENCE = 0.5
+"""Seconds without an answer from a host after which the next one is tried as well. It counts from what
+the host sent last, so a host that is far away, and needs many round trips, is not taken for silent."""
 
 # The keywords of `connect` that are psycopg's, or our own. All others are libpq's.
 _NOT_OF_LIBPQ = (
@@ -106,9 +110,11 @@ def _meant(keywords: Iterable[str]) -> str:
 async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.abc.PGconn:
     """Return a connection to the first of the hosts, and of their addresses, that accepts one.
 
-    Each attempt may take `connect_timeout`. If that is not given, it may take an equal share of the
-    time until the task's deadline, because psycopg's default is longer than most deadlines: a host
-    that does not answer must leave time for the others. Raises `psycopg.OperationalError`.
+    They are tried in their order, each when the one before it has failed, or has been silent for
+    `SILENCE`; see `_connect_to_any`. Each attempt may take `connect_timeout`. If that is not given, it
+    may take an equal share of the time until the task's deadline, because psycopg's default is longer
+    than most deadlines: a host that does not answer must leave time for the others. Raises
+    `psycopg.OperationalError`.
     """
     check_runs_on_trio("a TrioConnection")
     params = _with_host_of_service(conninfo_to_dict(conninfo, **keywords))
@@ -119,24 +125,66 @@ async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.
         attempts = await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
     else:
         attempts = conninfo_attempts(params)
+
+    def seconds_for_one_of(attempts_left: int) -> float:
+        if timeout_is_given:
+            return timeout
+        remaining = trio.current_effective_deadline() - trio.current_time()
+        return min(timeout, max(0, remaining) / attempts_left)
+
     # psycopg has made one attempt of each host and each of its addresses, in the order in which libpq
     # would try them.
-    failures: list[tuple[str, psycopg.Error]] = []
-    for number, attempt in enumerate(attempts):
-        seconds = timeout
-        if not timeout_is_given:
-            remaining = trio.current_effective_deadline() - trio.current_time()
-            seconds = min(timeout, max(0, remaining) / (len(attempts) - number))
+    if len(attempts) == 1:
+        return await _connect_within(seconds_for_one_of(1), make_conninfo("", **attempts[0]))
+    return await _connect_to_any(attempts, seconds_for_one_of)
+
+
+async def _connect_to_any(
+    attempts: list[ConnDict], seconds_for_one_of: Callable[[int], float]
+) -> pq.abc.PGconn:
+    """Return the connection of the first attempt that succeeds, and give up the others.
+
+    An attempt that has been silent for `SILENCE` goes on, and the next begins beside it, as in Happy
+    Eyeballs (RFC 8305). If two succeed at the same moment, the one that comes first in the order
+    counts. Each attempt may take `seconds_for_one_of` those that are left when it begins. Raises
+    `psycopg.OperationalError` when all have failed.
+    """
+    connected: dict[int, pq.abc.PGconn] = {}
+    failures: dict[int, psycopg.Error] = {}
+
+    async def attempt_one(number: int, seconds: float, patience: trio.CancelScope) -> None:
+        def on_answer() -> None:
+            patience.deadline = trio.current_time() + SILENCE
+
         try:
-            # Only this one attempt is cancelled, and the next host gets its turn. A deadline of the
-            # task itself cancels what is outside, too, and ends the attempts.
-            with trio.move_on_after(seconds):
-                return await _connect_once(make_conninfo("", **attempt))
-            raise errors.ConnectionTimeout("connection timeout expired")
+            conninfo = make_conninfo("", **attempts[number])
+            connected[number] = await _connect_within(seconds, conninfo, on_answer)
+            nursery.cancel_scope.cancel()
         except psycopg.Error as error:
-            where = ", ".join(f"{key}: {attempt.get(key)!r}" for key in ("host", "port", "hostaddr"))
-            failures.append((where, error))
-    raise _all_failed(failures)
+            failures[number] = error
+            patience.cancel()
+
+    try:
+        with ungrouped():
+            async with trio.open_nursery() as nursery:
+                for number in range(len(attempts)):
+                    seconds = seconds_for_one_of(len(attempts) - number)
+                    with trio.CancelScope(deadline=trio.current_time() + SILENCE) as patience:
+                        nursery.start_soon(attempt_one, number, seconds, patience)
+                        await trio.sleep_forever()
+        if not connected:
+            raise _all_failed(
+                [(_where(attempts[number]), failures[number]) for number in sorted(failures)]
+            )
+        return connected.pop(min(connected))
+    finally:
+        # Those that came second; or all, if this was cancelled meanwhile.
+        for pgconn in connected.values():
+            pgconn.finish()
+
+
+def _where(attempt: ConnDict) -> str:
+    return ", ".join(f"{key}: {attempt.get(key)!r}" for key in ("host", "port", "hostaddr"))
 
 
 def _with_host_of_service(params: ConnDict) -> ConnDict:
@@ -155,18 +203,35 @@ def _with_host_of_service(params: ConnDict) -> ConnDict:
     return {**params, **{key: value.decode() for key, value in hosts.items() if value}}
 
 
-async def _connect_once(conninfo: str) -> pq.abc.PGconn:
+async def _connect_within(
+    seconds: float, conninfo: str, on_answer: Callable[[], None] | None = None
+) -> pq.abc.PGconn:
     """Make one attempt, and return a connection in non-blocking mode, as psycopg wants it.
 
-    An attempt that fails or is cancelled leaves no socket open.
+    `on_answer` is called at each sign of life of the host. An attempt that fails or is cancelled leaves
+    no socket open.
     """
+    # Only this one attempt is cancelled, and the next host gets its turn. A deadline of the task itself
+    # cancels what is outside, too, and ends the attempts.
+    with trio.move_on_after(seconds):
+        return await _connect_once(conninfo, on_answer)
+    raise errors.ConnectionTimeout("connection timeout expired")
+
+
+async def _connect_once(conninfo: str, on_answer: Callable[[], None] | None) -> pq.abc.PGconn:
     pgconn = pq.PGconn.connect_start(conninfo.encode())
+
+    def step() -> int:
+        if on_answer is not None:
+            on_answer()
+        return pgconn.connect_poll()
+
     try:
         if pgconn.status == pq.ConnStatus.BAD:
             raise psycopg.OperationalError(
                 f"connection is bad: {pgconn.get_error_message()}", pgconn=pgconn
             )
-        if not await poll(pgconn.connect_poll, lambda: pgconn.socket):
+        if not await poll(step, lambda: pgconn.socket):
             # The error keeps what is known about the connection, and not the connection itself.
             raise psycopg.OperationalError(
                 f"connection failed: {pgconn.get_error_message()}",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,6 +32,7 @@ from .._scheduling import TimeSlice
 from ._blocks import TrioCursor, TrioPipeline, TrioServerCursor, TrioTransaction
 from ._cancel_requests import request_cancel, warn_if_cancelling_freezes
 from ._cancelling import (
+    SILENCE,
     after_cleanup,
     cancel_operation,
     checkpoint_before_commit,
@@ -41,7 +41,13 @@ from ._cancelling import (
     shielded_cleanup,
 )
 from ._connecting import connect_to_first
-from ._last_words import listen_for_last_words, note_last_words, read_only_parameters
+from ._last_words import (
+    is_silent,
+    listen_for_last_words,
+    note_last_words,
+    note_silence,
+    read_only_parameters,
+)
 from ._readiness import notify_closing
 from ._waiting import Lock, drive, drive_for, uninterrupted_block
 
@@ -127,9 +133,10 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """Connect to a server; see `psycopg.AsyncConnection.connect`.
 
         Host names are resolved in a thread. Every host, and every address of a host, is one attempt,
-        for which `connect_timeout` counts. If that is not given, and there is a deadline, the attempts
-        share the time that is left. `cleanup_timeout` is kept as the attribute of that name. Raises
-        `psycopg.OperationalError`.
+        for which `connect_timeout` counts. The next one begins when the one before has failed, or has
+        been silent for half a second; the first that succeeds ends the others. If `connect_timeout` is
+        not given, and there is a deadline, the attempts share the time that is left. `cleanup_timeout`
+        is kept as the attribute of that name. Raises `psycopg.OperationalError`.
         """
         check_seconds("cleanup_timeout", cleanup_timeout)
         pgconn = await connect_to_first(conninfo, kwargs)
@@ -247,11 +254,17 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         """Cancel as well as possible; psycopg calls this when a copy or a stream is left early.
 
         It is shielded, because psycopg then reads to the end of the operation, which comes soon only
-        if the server has cancelled it. A request that may still arrive later closes the connection.
+        if the server has cancelled it. If the server does not answer the request, or the request may
+        still arrive later, the connection is closed.
         """
-        with cleanup_scope(self), suppress(Exception):
-            await self.cancel_safe(timeout=timeout or math.inf)
-        if self._unconfirmed_requests:
+        with cleanup_scope(self):
+            try:
+                await self.cancel_safe(timeout=min(timeout or math.inf, SILENCE))
+            except psycopg.errors.CancellationTimeout:
+                note_silence(self)
+            except Exception:
+                pass
+        if self._unconfirmed_requests or is_silent(self):
             self._finish()
 
     @uninterrupted_block

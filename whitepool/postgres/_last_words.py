@@ -1,6 +1,7 @@
-"""What a server says when it ends a session, and whether a session has turned out to be read-only.
+"""What a server says when it ends a session, and whether it has turned out to be read-only, or silent.
 
-libpq reads both from what the server sends without being asked. Nothing here waits.
+libpq reads the first two from what the server sends without being asked; the third is noted after a
+wait that was in vain. Nothing here waits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from ._connection import TrioConnection
 
 _ACTIVE = pq.TransactionStatus.ACTIVE
+
+SILENT = "08006: the server did not answer a request to cancel"
+"""The last words of a connection whose server says nothing any more. The SQLSTATE is ours."""
 
 MOST_READS = 64
 """How often to read, 16 kB each time, for last words that come behind unread notifications."""
@@ -73,8 +77,20 @@ def note_last_words(connection: TrioConnection[Any], error: BaseException) -> No
         _note(connection, error.sqlstate, severity, diag.message_primary or "")
 
 
+def note_silence(connection: TrioConnection[Any]) -> None:
+    """Note in the connection that its server does not answer, which may go for others of a pool."""
+    connection._last_words = connection._last_words or SILENT
+
+
+def is_silent(connection: TrioConnection[Any]) -> bool:
+    """Return whether it was noted that the server does not answer."""
+    return connection._last_words == SILENT
+
+
 def last_words(connection: TrioConnection[Any]) -> str:
     """Return what the server said when it ended the session, or why the connection is of no use.
+
+    That may be that the server says nothing any more, or that it is read-only.
 
     It is one line that begins with an SQLSTATE; empty if nothing is known. The connection is about to
     be closed: what it has not read yet is read, and no handler of the client's sees it.

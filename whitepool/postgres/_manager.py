@@ -76,6 +76,8 @@ _CLIENT_SIDE = (
 class ConnectionManager(WorkerManager[Connection]):
     """What every connection needs, also one that a bare factory has opened."""
 
+    _suspect_timeout = 1.0
+
     def is_alive(self, worker: Connection) -> bool:
         """Return whether the connection is open, and no query, copy or pipeline is under way.
 
