@@ -22,7 +22,7 @@ from workshop import Manager, Workshop
 
 import whitepool
 from whitepool._log import PoolLog
-from whitepool._manager import on_discarded
+from whitepool._manager import on_discarded, on_misconfigured
 
 PACKAGE = Path(whitepool.__file__).parent
 PAGE = PACKAGE.parent / "docs" / "howto" / "logs.md"
@@ -154,6 +154,14 @@ async def a_manager_fails(shop: Workshop, manager: Manager) -> None:
     await use(manager)
 
 
+async def a_manager_finds_a_mistake(shop: Workshop, manager: Manager) -> None:
+    async def find(worker: object) -> None:
+        on_misconfigured.get()("it can't work")
+
+    manager._on_open = find  # type: ignore[method-assign]
+    await use(manager)
+
+
 async def a_worker_is_forgotten(shop: Workshop, manager: Manager) -> None:
     async with whitepool.open_pool(manager, name="mine") as session:
         with pytest.warns(ResourceWarning):
@@ -209,6 +217,7 @@ TROUBLES = (
     a_hook_fails_before_the_reset,
     closing_fails,
     a_manager_fails,
+    a_manager_finds_a_mistake,
     a_worker_is_forgotten,
     a_worker_comes_back_late,
     a_task_ends_with_a_worker,
@@ -450,3 +459,18 @@ async def test_a_filter_that_raises(
     reported = capfd.readouterr().err
     assert "KeyError: 'tenant'" in reported
     assert "worker_leaked pool=" in reported
+
+
+async def test_a_mistake_is_told_once(told: list[logging.LogRecord], autojump_clock: MockClock) -> None:
+    """Every worker may show it, and one sentence says it. Another mistake is another sentence."""
+    manager = Manager(Workshop())
+
+    async def find(worker: Any) -> None:
+        on_misconfigured.get()(f"mistake {worker.number % 2}")
+
+    manager._on_open = find  # type: ignore[method-assign]
+    for _ in range(2):
+        async with whitepool.open_pool(manager, name="mine", pool_size=6):
+            pass
+    messages = [record.getMessage() for record in told if "misconfigured" in record.getMessage()]
+    assert messages == [f"misconfigured pool=mine reason=mistake {number}" for number in (1, 0)] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -94,10 +95,13 @@ class Silent(whitepool.WorkerManager[Tool]):
 async def test_why_a_probe_failed_is_logged(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
-    """With the death of the worker, once."""
+    """With the death of the worker, once. Its successors don't answer either, and are never open."""
     async with whitepool.open_pool(Silent(), pool_size=1, check_interval=10):
         await trio.sleep(10.5)
-    assert events(caplog) == [("worker_lost", "check_failed", "OSError: no answer")]
+    first, *others = events(caplog)
+    assert first == ("worker_lost", "check_failed", "OSError: no answer")
+    assert others
+    assert set(others) == {("start_failed", None, "OSError: no answer")}
 
 
 class CrashesAndHangs(whitepool.WorkerManager[Tool]):
@@ -385,3 +389,120 @@ async def test_a_start_that_was_given_up_calls_no_factory() -> None:
         session.resize(1, 0)
         await wait_all_tasks_blocked()
         assert shop.attempts == 1
+
+
+# -- Workers that can be opened, and are of no use ---------------------------------------------------
+
+
+class Proxied(Manager):
+    """A manager of workers behind a proxy. While its server is down, they end at their first use."""
+
+    def __init__(self, shop: Workshop) -> None:
+        super().__init__(shop)
+        self.is_down = False
+        self.hangs = False
+        self.checks = 0
+
+    def is_alive(self, worker: Tool) -> bool:
+        return not self.is_down
+
+    async def check(self, worker: Tool) -> None:
+        self.checks += 1
+        if self.hangs:
+            await trio.sleep_forever()
+        if self.is_down:
+            raise OSError("no server")
+
+    def _last_words(self, worker: Tool) -> str:
+        return "08P01: no server"
+
+
+async def get_a_dead_one(session: Session, manager: Proxied) -> bool:
+    """Check out a worker, if there is one; say whether it is of no use."""
+    try:
+        async with session.worker(timeout=30):
+            await trio.sleep(0.01)
+            return manager.is_down
+    except whitepool.CheckoutTimeout:
+        await trio.sleep(0.01)
+        return False
+
+
+async def test_a_proxy_without_a_server_is_not_hammered(autojump_clock: MockClock) -> None:
+    """After the first death with last words, a worker that gives no sign of life is a failed start."""
+    manager = Proxied(Workshop())
+    useless = 0
+
+    async def client(session: Session) -> None:
+        nonlocal useless
+        while trio.current_time() < 90:
+            useless += await get_a_dead_one(session, manager)
+
+    async with whitepool.open_pool(manager, pool_size=4, max_overflow=4) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(client, session)
+            await trio.sleep(10)
+            before, manager.is_down = manager.shop.attempts, True
+            await trio.sleep(60)
+            failed = manager.shop.attempts - before
+            assert failed <= 3 * 60  # about 2.5 a second
+            assert session.statistics().state == "down"
+            assert "no server" in str(session.statistics().last_error)
+            manager.is_down = False
+            await trio.sleep(1)
+            assert session.statistics().in_use == 8
+        # Those that were in use, and the few that were opened before the first of them had come back.
+        assert useless <= 16
+
+
+async def test_only_then_are_new_workers_asked(autojump_clock: MockClock) -> None:
+    """The opening of a pool, and its growth, cost no probe; nor do starts once one has answered."""
+    manager = Proxied(Workshop())
+    async with whitepool.open_pool(manager, pool_size=2, max_overflow=2, overflow_ttl=60) as session:
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(get_a_dead_one, session, manager)
+        assert session.statistics().started == 4
+        assert manager.checks == 0
+        async with session.worker(), session.worker(), session.worker(), session.worker():
+            manager.is_down = True
+        manager.is_down = False
+        await trio.sleep(3)  # the probes of the suspects are over, too
+        assert session.statistics().lost == 4
+        probed = manager.checks
+        session.retire_all()
+        await trio.sleep(1)
+        assert session.statistics().retired == 2
+        assert manager.checks == probed > 0
+
+
+async def test_a_new_worker_that_hangs_is_a_failed_start(autojump_clock: MockClock) -> None:
+    """After `reset_timeout`, as for any other probe; and the error says that it was open."""
+    manager = Proxied(Workshop())
+    async with whitepool.open_pool(
+        manager, pool_size=1, max_overflow=0, reset_timeout=2, start_timeout=60
+    ) as session:
+        async with session.worker():
+            manager.is_down = manager.hangs = True
+        await trio.sleep(2.1)
+        assert session.statistics().start_failures == 1
+        assert str(session.statistics().last_error) == (
+            "TooSlowError: opened, but no sign of life within 2 s"
+        )
+        assert manager.shop.tools[1].closed
+
+
+async def test_where_probes_are_turned_off_new_workers_are_not_asked(
+    autojump_clock: MockClock,
+) -> None:
+    """Whatever has happened to others."""
+    manager = Proxied(Workshop())
+    async with whitepool.open_pool(
+        manager, pool_size=2, max_overflow=0, check_interval=math.inf
+    ) as session:
+        async with session.worker():
+            manager.is_down = True
+        await trio.sleep(1)
+        assert session.statistics().started == 3
+        assert manager.checks == 0

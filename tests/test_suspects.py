@@ -62,9 +62,9 @@ async def fail_to_reset_it(manager: Talking, session: whitepool.Session[Tool]) -
 
 
 async def probe_it_in_vain(manager: Talking, session: whitepool.Session[Tool]) -> None:
-    manager.before_check = refuse
+    (first,) = manager.shop.tools
+    manager.before_check = lambda tool: refuse() if tool is first else trio.lowlevel.checkpoint()
     await trio.sleep(31.6)
-    manager.before_check = None
 
 
 async def fail_in_a_hook(manager: Talking, session: whitepool.Session[Tool]) -> None:
@@ -251,7 +251,9 @@ async def test_last_words_of_one_have_all_probed(autojump_clock: MockClock) -> N
         now = session.statistics()
         assert (now.idle, now.started, now.destroyed, now.lost) == (5, 10, 1, 4)
         assert now.last_words == {"destroyed": WORDS, "check_failed": WORDS}
-        assert old == {tool for _, tool in manager.probed} | {manager.asked[0]}
+        assert old - {manager.asked[0]} <= {tool for _, tool in manager.probed}
+        # What comes in their place is asked as well, until one has answered.
+        assert manager.shop.tools[5] in {tool for _, tool in manager.probed}
         check_books(session)
 
 
@@ -281,9 +283,10 @@ async def test_suspects_are_probed_once_a_second(autojump_clock: MockClock) -> N
         async with session.worker() as used:
             pass
         await trio.sleep(3)
-        at_once = [time for time, _ in manager.probed[:3]]
-        later = manager.probed[3:]
-        assert at_once == [1, 1, 1]
+        old, first, second, later = manager.probed[:3], *manager.probed[3:5], manager.probed[5:]
+        assert [time for time, _ in old] == [1, 1, 1]
+        # Each replacement is asked when it has been opened.
+        assert [first, second] == list(zip((1, 1.25), manager.shop.tools[4:], strict=True))
         assert [time for time, _ in later] == [2, 2, 2]
         assert used not in [tool for _, tool in later]
 
@@ -347,7 +350,7 @@ async def test_a_hang_up_makes_no_worker_suspect(caplog: pytest.LogCaptureFixtur
             await trio.lowlevel.checkpoint()
         await wait_all_tasks_blocked()
         assert session.statistics().last_words == {"hung_up": WORDS}
-        assert not manager.probed
+        assert [tool for _, tool in manager.probed] == manager.shop.tools[3:]  # the replacement
     for near, far in pairs.values():
         near.close()
         far.close()

@@ -40,6 +40,12 @@ on_discarded: ContextVar[Callable[[], None]] = ContextVar("on_discarded", defaul
 sets this context variable for that, because `reset` may be the user's own, which calls the one it
 overrides."""
 
+on_misconfigured: ContextVar[Callable[[str], None]] = ContextVar(
+    "on_misconfigured", default=lambda reason: None
+)
+"""For a manager to call if a worker shows that the pool is configured for what can't work, with a
+sentence that says so. It is set in the tasks of a pool."""
+
 Factory = Union[Callable[[], Awaitable[T]], Callable[[], AbstractAsyncContextManager[T]]]
 
 

@@ -41,6 +41,10 @@ class Starter(Generic[T]):
         """Set when the pool has its workers, or when opening it has failed for good (`final_error`)."""
         self.final_error: PoolStartError | None = None
         """Why the pool can't be opened, and it is pointless to try again."""
+        self.is_doubtful = False
+        """Whether the next worker has to give a sign of life before it counts as open, because one has
+        left that had not answered a probe, or whose peer had said why. Its successor may be no better:
+        a proxy such as PgBouncer accepts connections also while its server is down."""
         self._roster = roster
         self._options = options
         self._counters = counters
@@ -121,6 +125,7 @@ class Starter(Generic[T]):
         if self.is_failing and not self._is_full:
             self._log.info("start_recovered", failures=self.backoff.failures)
         self.down_since = None
+        self.is_doubtful = False
         self.backoff.succeeded(begun=entry.opened_at - entry.opening_time)
         self._log.debug("worker_started", seconds=round(entry.opening_time, 6))
         for observe in self._observers:

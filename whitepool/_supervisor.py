@@ -17,7 +17,7 @@ from ._hangup import HangupWatch
 from ._holding import Holding
 from ._log import PoolLog
 from ._maintenance import Maintenance
-from ._manager import WorkerManager, close_timeout, manager_of
+from ._manager import WorkerManager, close_timeout, manager_of, on_misconfigured
 from ._operating import Operator
 from ._options import Options
 from ._roster import IN_USE, Roster
@@ -100,6 +100,7 @@ class Supervisor(Generic[T]):
         # and one None, are in it at a time.
         self._send_ready, self._receive_ready = trio.open_memory_channel[Entry[T] | None](math.inf)
         self._is_woken = False  # whether there is a None in it
+        self._misconfigured: set[str] = set()  # what was said of it already
         self._nursery: trio.Nursery
 
     # -- Workers change hands ------------------------------------------------------------------------
@@ -204,6 +205,8 @@ class Supervisor(Generic[T]):
             # A hang-up needs no such search: the watch sees those of the others, too.
             if reason == "check_failed" or (last_words and reason != "hung_up"):
                 self._maintenance.probe_all()
+            if (reason == "check_failed" or last_words) and self.options.check_interval < math.inf:
+                self.starter.is_doubtful = True
         entry.task.close(is_open=is_open)
         self.wake()
 
@@ -302,6 +305,10 @@ class Supervisor(Generic[T]):
     #
     # `Owner` says when each is called, and in which state the worker is.
 
+    @property
+    def is_doubtful(self) -> bool:
+        return self.starter.is_doubtful
+
     def on_opened(self, entry: Entry[T]) -> None:
         self.roster.move(entry, State.SERVICING)
         self._hangups.add(entry.fileno, entry)
@@ -357,6 +364,12 @@ class Supervisor(Generic[T]):
     def on_hook_failed(self, hook: str, error: Exception) -> None:
         self._log.throttled_warning("hook_failed", hook=hook, error=describe(error))
 
+    def _on_misconfigured(self, reason: str) -> None:
+        # Every worker may show it: once is enough.
+        if reason not in self._misconfigured:
+            self._misconfigured.add(reason)
+            self._log.warning("misconfigured", reason=reason)
+
     def on_closing(self, entry: Entry[T]) -> None:
         # If the pool has asked for it, the worker is being closed already, and this does nothing. A
         # crash is logged in `on_closed`, when its error is known.
@@ -381,6 +394,7 @@ class Supervisor(Generic[T]):
     async def run(self) -> None:
         """Supervise until the pool has been drained. Only `drain` and `close_now` end it."""
         close_timeout.set(self.options.close_timeout)
+        on_misconfigured.set(self._on_misconfigured)
         try:
             with trio.CancelScope(shield=True):
                 async with trio.open_nursery() as self._nursery:

@@ -33,7 +33,11 @@ T = TypeVar("T")
 
 
 class Owner(Protocol[T]):
-    """What a worker task reports, in the order in which it may happen."""
+    """What a worker task asks, and what it reports, in the order in which it may happen."""
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether a new worker has to give a sign of life before it counts as open."""
 
     def on_opened(self, entry: Entry[T]) -> None:
         """The worker is open, and serviced until `on_ready`."""
@@ -142,6 +146,8 @@ class WorkerTask(Generic[T]):
                     try:
                         await self._manager._on_open(entry.worker)
                         await self._call_on_create()
+                        if owner.is_doubtful:
+                            await self._check_new()
                         # A worker that was not open within `start_timeout` is a failed start, even if
                         # no checkpoint has noticed the deadline.
                         await checkpoint_if_cancelled()
@@ -177,6 +183,14 @@ class WorkerTask(Generic[T]):
         if on_create is not None:
             await call(on_create, worker)
             manager_of(worker, self._manager)._after_hook(worker, "on_create")
+
+    async def _check_new(self) -> None:
+        """Ask a new worker for a sign of life. Raises what `check` raises, or `trio.TooSlowError`."""
+        worker, timeout = self._entry.worker, self._options.reset_timeout
+        with trio.move_on_after(timeout) as scope:
+            await manager_of(worker, self._manager).check(worker)
+        if scope.cancelled_caught:
+            raise trio.TooSlowError(f"opened, but no sign of life within {timeout} s")
 
     async def _call_on_destroy(self) -> None:
         entry, on_destroy = self._entry, self._options.hooks.on_destroy

@@ -280,3 +280,35 @@ async def test_connecting_in_a_cancelled_scope_does_nothing(dsn: str, refusing_p
         scope.cancel()
         await connect(dsn)
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unsupported startup parameter: options",
+        "unsupported startup parameter in options: statement_timeout",
+        "unsupported options startup parameter: only '-c config=val' and '--config=val' are allowed",
+        "SASL authentication failed",
+        "password authentication failed",
+        "no such database: atlantis",
+        "no such user: nemo",
+    ],
+)
+def test_what_a_pgbouncer_would_only_repeat(text: str) -> None:
+    """A connection that is refused has no SQLSTATE: the text is all there is to know it by."""
+    assert _connecting.is_final(psycopg.OperationalError(f"connection failed: FATAL:  {text}"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "server login has been failing, try again later (server_login_retry)",
+        "server login has been failing, cached error: connect failed (server_login_retry)",
+        "pgbouncer cannot connect to server",
+        "the database system is shutting down",
+        "query_wait_timeout",
+    ],
+)
+def test_what_a_pgbouncer_may_say_for_a_while(text: str) -> None:
+    """It is a failed attempt, and no more."""
+    assert not _connecting.is_final(psycopg.OperationalError(f"connection failed: FATAL:  {text}"))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +9,7 @@ from typing import Any
 import psycopg
 import pytest
 import trio
+from bouncer import PgBouncer, add_role, remove_role, running
 from connections import check_usable
 from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
@@ -30,91 +27,16 @@ SERVER_CONNECTIONS = 2
 
 SLOW = "SELECT pg_sleep(30)"
 
-CONFIG = """
-[databases]
-postgres = host=127.0.0.1 port={server_port} user=bouncer dbname=postgres
-
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {port}
-unix_socket_dir =
-auth_type = trust
-auth_file = {users}
-pool_mode = transaction
-default_pool_size = {server_connections}
-server_login_retry = 1
-"""
-
 Session = whitepool.Session[TrioConnection[Any]]
-
-
-class PgBouncer:
-    """A PgBouncer on a port of its own, in front of a server."""
-
-    def __init__(self, server: EmbeddedPostgres, folder: Path) -> None:
-        program = shutil.which("pgbouncer", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
-        if program is None:
-            pytest.fail("there is no pgbouncer; on Debian and its kin: apt-get install pgbouncer")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
-        config, users = folder / "pgbouncer.ini", folder / "users"
-        users.write_text('"postgres" ""\n')
-        config.write_text(
-            CONFIG.format(
-                server_port=server.port,
-                port=self.port,
-                users=users,
-                server_connections=SERVER_CONNECTIONS,
-            )
-        )
-        # It refuses to run as root, but starts as root and steps down.
-        as_nobody = ("-u", "nobody") if os.geteuid() == 0 else ()
-        self._command = (program, "-q", *as_nobody, str(config))
-        self._log = folder / "log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def dsn(self) -> str:
-        return f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
-
-    async def start(self) -> None:
-        """Start it, and return when it accepts connections."""
-        process = self._process = self._launch()
-        with trio.fail_after(5):
-            while True:
-                assert process.poll() is None, self._log.read_text()
-                try:
-                    stream = await trio.open_tcp_stream("127.0.0.1", self.port)
-                except OSError:
-                    await trio.sleep(0.01)
-                else:
-                    await stream.aclose()
-                    return
-
-    def _launch(self) -> subprocess.Popen[bytes]:
-        with self._log.open("ab") as log:
-            return subprocess.Popen(self._command, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """Make it crash."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture(scope="module")
 def onlooker(server: EmbeddedPostgres) -> Iterator[Onlooker]:
     """It looks at the server directly."""
     onlooker = Onlooker(server.dsn)
-    onlooker.do("DROP TABLE IF EXISTS visits")
-    onlooker.do("DROP ROLE IF EXISTS bouncer")
-    onlooker.do("CREATE ROLE bouncer LOGIN")
-    onlooker.do("CREATE TABLE visits (client int)")
-    onlooker.do("GRANT ALL ON visits TO bouncer")
+    add_role(onlooker)
     yield onlooker
-    onlooker.do("DROP TABLE visits")
-    onlooker.do("DROP ROLE bouncer")
+    remove_role(onlooker)
     onlooker.close()
 
 
@@ -123,12 +45,8 @@ async def bouncer(
     server: EmbeddedPostgres, onlooker: Onlooker, tmp_path: Path
 ) -> AsyncIterator[PgBouncer]:
     onlooker.do("TRUNCATE visits")
-    bouncer = PgBouncer(server, tmp_path)
-    try:
-        await bouncer.start()
+    async with running(server, tmp_path, default_pool_size=SERVER_CONNECTIONS) as bouncer:
         yield bouncer
-    finally:
-        bouncer.kill()
     onlooker.do("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'bouncer'")
 
 

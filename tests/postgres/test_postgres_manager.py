@@ -18,7 +18,7 @@ from timing import until
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import PostgresManager, TrioConnection, connect, open_pool
+from whitepool.postgres import PostgresManager, TrioConnection, _manager, connect, open_pool
 
 Session = whitepool.Session[Connection]
 OpenPool = Callable[..., AbstractAsyncContextManager[Session]]
@@ -488,3 +488,90 @@ def test_a_connection_on_asyncio() -> None:
     """It says that it needs Trio."""
     with pytest.raises(RuntimeError, match=r"a TrioConnection needs Trio.*not with asyncio\.run"):
         asyncio.run(connect("dbname=shop"))
+
+
+# -- Server sessions that are shared -------------------------------------------------------------------
+#
+# tests/postgres/test_pgbouncer_modes.py has the same with a real PgBouncer.
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process number looks as if PgBouncer had made it up."""
+    monkeypatch.setattr(_manager, "LARGEST_PID", 0)
+
+
+def misconfigured(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    records = [vars(record) for record in caplog.records]
+    return [record["reason"] for record in records if record["event"] == "misconfigured"]
+
+
+async def use_all(session: Session, size: int) -> None:
+    """Have each connection of a pool returned, and wait until they have been reset."""
+    resources = [await session.block_checkout() for _ in range(size)]
+    for resource in resources:
+        session.checkin(resource)
+    await until(lambda: session.statistics().idle == size)
+
+
+async def no_reset(connection: Connection) -> None:
+    """A reset of one's own that does nothing."""
+
+
+@pytest.mark.usefixtures("made_up")
+@pytest.mark.parametrize(
+    ("query", "size", "reset", "is_told"),
+    [
+        (b"SELECT 1, 2", 3, "session", True),  # all are in one
+        (b"SELECT 1, random()", 1, "session", True),  # one is in several
+        (b"SELECT 1, 2", 1, "session", False),
+        (_manager._WHICH_SESSION, 3, "session", False),
+        (b"SELECT 1, 2", 3, "rollback", False),
+        (b"SELECT 1, 2", 3, no_reset, False),
+    ],
+)
+async def test_a_reset_that_has_no_effect_is_told(
+    query: bytes,
+    size: int,
+    reset: Any,
+    is_told: bool,
+    dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once, when connections turn out to share the sessions of the server."""
+    monkeypatch.setattr(_manager, "_WHICH_SESSION", query)
+    async with open_pool(dsn, reset=reset, pool_size=size, max_overflow=0) as session:
+        for _ in range(3):
+            await use_all(session, size)
+        assert len(misconfigured(caplog)) == is_told
+        async with session.worker() as connection:
+            await check_usable(connection)
+        assert session.statistics().destroyed == 0
+
+
+@pytest.mark.usefixtures("made_up")
+async def test_only_connections_that_are_open_can_share(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In session mode PgBouncer gives the session of one that has ended to the next."""
+    monkeypatch.setattr(_manager, "_WHICH_SESSION", b"SELECT 1, 2")
+    async with open_pool(dsn, reset="session", pool_size=1, max_overflow=0) as session:
+        await use_all(session, 1)
+        async with session.worker() as first:
+            await first.close()
+        async with session.worker() as second:
+            assert second is not first
+        await use_all(session, 1)
+        assert not misconfigured(caplog)
+        assert session.statistics().destroyed == 0
+
+
+async def test_nothing_is_asked_of_a_real_backend(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without PgBouncer, a reset costs nothing more."""
+    monkeypatch.setattr(_manager, "_WHICH_SESSION", b"SELECT 1, 2")
+    async with open_pool(dsn, reset="session", pool_size=3, max_overflow=0) as session:
+        await use_all(session, 3)
+        assert not misconfigured(caplog)

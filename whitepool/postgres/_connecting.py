@@ -42,6 +42,7 @@ _NOT_OF_LIBPQ = (
 # by: a connection that is not open yet has no SQLSTATE, and libpq gives nothing but the text.
 _FINAL = re.compile(
     r"password authentication failed|no password supplied|authentication failed for user"
+    r"|SASL authentication failed|unsupported (options )?startup parameter"  # both are PgBouncer's
     r"|no pg_hba\.conf entry|pg_hba\.conf rejects connection"
     r"|(database|role) \".*\" does not exist|no such (database|user)"
     r"|permission denied for database|is not permitted to log in"

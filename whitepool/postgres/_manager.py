@@ -10,26 +10,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Union
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import psycopg
 from psycopg import pq
 from psycopg.adapt import AdaptersMap
 from psycopg.generators import execute
+from psycopg.waiting import Wait
 
 from .._checks import check_call
 from .._errors import PoolStartError
-from .._manager import WorkerManager, created_by, on_discarded
+from .._manager import WorkerManager, created_by, on_discarded, on_misconfigured
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, is_full, validate
 from ._connection import TrioConnection
 from ._last_words import last_words, note_last_words, why_read_only
 from ._session import PostgresSession
-from ._waiting import drive
+from ._waiting import drive, ready_now
 
 Connection = TrioConnection[Any]
 Conninfo = Union[str, Callable[[], str], Callable[[], Awaitable[str]]]
 Configure = Callable[[Connection], Awaitable[None]]
 Reset = Union[Literal["rollback", "session"], Configure]
+
+# The process of a session, and since when its server runs.
+ServerSession = tuple[Union[bytes, None], Union[bytes, None]]
 
 # Plain numbers, because they are compared at each checkin, and comparing enums costs more.
 _IDLE = int(pq.TransactionStatus.IDLE)
@@ -55,6 +60,16 @@ _DISCARD_SESSION = b"""
     DISCARD SEQUENCES;
     COMMIT
 """
+
+LARGEST_PID = 2**22
+"""The largest number of a process on Linux. PgBouncer tells a random one of 32 bits."""
+
+_WHICH_SESSION = b"SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_postmaster_start_time()"
+
+_SHARED = (
+    'reset="session" has no effect: connections share server sessions, as behind a PgBouncer in '
+    "transaction mode"
+)
 
 # What a client can set on a connection: as an attribute, or by a method such as `set_autocommit`.
 _CLIENT_SIDE = (
@@ -227,6 +242,9 @@ class PostgresManager(ConnectionManager):
         self._configure = configure
         self._reset = reset
         self._keywords: dict[str, Any] = connect_keywords
+        # For `_note_server_session`: which connection was last in which session, and the reverse.
+        self._session_of = WeakKeyDictionary[Connection, ServerSession]()
+        self._last_in = WeakValueDictionary[ServerSession, Connection]()
 
     def __repr__(self) -> str:
         return "<whitepool.postgres.PostgresManager>"  # the conninfo may hold a password
@@ -297,12 +315,36 @@ class PostgresManager(ConnectionManager):
         if super().needs_reset(worker):
             await super().reset(worker)
         if self._reset == "session":
-            await _run(worker, _DISCARD_SESSION)
+            await self._discard_session(worker)
             _forget_client(worker)
             await self._set_up(worker)
         elif callable(self._reset):
             await _call(self._reset, worker, "reset")
             _demand_no_transaction(worker, "reset")
+
+    async def _discard_session(self, worker: Connection) -> None:
+        """Reset the server's side. If PgBouncer may be between, ask in the same message which it is."""
+        if 0 < worker.pgconn.backend_pid <= LARGEST_PID:
+            await _run(worker, _DISCARD_SESSION)
+        else:
+            *_, answer = await _run(worker, _DISCARD_SESSION + b";" + _WHICH_SESSION)
+            self._note_server_session(worker, (answer.get_value(0, 0), answer.get_value(0, 1)))
+
+    def _note_server_session(self, worker: Connection, session: ServerSession) -> None:
+        """Say that ``reset="session"`` can't work, if connections turn out to share server sessions.
+
+        Behind a PgBouncer in session mode, a connection keeps its session as long as it is open. This
+        can't be asked when it is opened: the question would take a session, and none may be free.
+        """
+        other = self._last_in.get(session, worker)
+        is_shared = other is not worker and not other.closed
+        # If the other one has ended, it may be that this has not been noticed yet.
+        if is_shared and ready_now(other.pgconn.socket, Wait.R):
+            is_shared = False
+        if is_shared or self._session_of.get(worker, session) != session:
+            on_misconfigured.get()(_SHARED)
+        self._session_of[worker] = session
+        self._last_in[session] = worker
 
     async def _set_up(self, connection: Connection) -> None:
         """Configure a connection that is new, or as good as new.
