@@ -11,6 +11,7 @@ from whitepool._backoff import (
     LONGEST_BOUND,
     Backoff,
     EarlyDeaths,
+    draw_pause_full,
     longest_pause,
 )
 
@@ -41,6 +42,24 @@ def test_the_pauses_grow_and_are_bounded() -> None:
             longest[failure] = max(longest[failure], pause)
     assert longest[0] < 0.051
     assert longest[0] < longest[2] < longest[5]
+
+
+@pytest.mark.parametrize(
+    ("workers", "shortest", "longest"),
+    [(0, 0.5, 1.5), (1, 0.75, 1.5), (2, 1.5, 3), (6, 4, 8), (99, 4, 8)],
+)
+def test_the_pause_where_the_server_is_full(workers: int, shortest: float, longest: float) -> None:
+    """The fewer workers a pool has, the sooner it tries again; with none, once a second on average."""
+    pauses = [draw_pause_full(workers) for _ in range(1000)]
+    assert shortest <= min(pauses) < max(pauses) <= longest
+    assert sum(pauses) / 1000 == pytest.approx((shortest + longest) / 2, rel=0.05)
+
+
+def test_a_pause_may_be_given() -> None:
+    """Then no other is drawn."""
+    backoff = Backoff()
+    backoff.failed(OSError(), begun=0, now=1, pause=7)
+    assert backoff.retry_at == 8
 
 
 def test_a_thousand_failures_do_no_harm() -> None:

@@ -259,11 +259,38 @@ async def test_lifetimes_end_one_by_one(autojump_clock: Clock) -> None:
             now = session.statistics()
             assert now.idle >= 20
             check_books(session)
-        assert 20 <= session.statistics().retired <= 22
-        assert max(opened) - min(opened) > 40  # spread over up to a hundred seconds
+        assert all(tool.closed for tool in shop.tools[:20])
+        assert 20 <= session.statistics().retired <= 26  # a successor lives for at least 900 seconds
+        assert max(opened) - min(opened) > 500  # spread over up to 950 seconds
         assert shop.most_opening <= 4
-        await trio.sleep(1)
-        assert not any(tool.closed for tool in shop.tools[20:])
+
+
+async def test_workers_that_were_opened_together_reconnect_apart(autojump_clock: Clock) -> None:
+    """Also in the first hour: each lives for between a twentieth and all of `max_lifetime`.
+
+    In no minute more than twice as many are replaced as in the others, also where all have been
+    replaced together by hand. Their successors live for nearly all of it.
+    """
+    shop = Workshop()
+    hooks = whitepool.Hooks(on_create=lambda _: opened.append(trio.current_time()))
+    opened: list[float] = []
+    async with whitepool.open_pool(
+        shop.make, pool_size=400, max_overflow=9, max_lifetime=600, hooks=hooks
+    ) as session:
+        for _ in range(2):
+            began = trio.current_time()
+            del opened[:]
+            await trio.sleep(3600)
+            assert min(opened) - began > 0.05 * 600 - 1.1
+            assert all(
+                trio.current_time() - entry.opened_at < 600 + LATE
+                for entry in session._supervisor.roster.entries
+            )
+            each_minute = Counter(int((time - began) // 60) for time in opened)
+            assert max(each_minute.values()) < 2 * len(opened) / 60
+            assert 400 * 6 * 1.0 < len(opened) < 400 * 6 * 1.3
+            session.retire_all()
+            await trio.sleep(1)
 
 
 async def test_a_replacement_is_no_overflow(autojump_clock: Clock) -> None:
@@ -290,7 +317,7 @@ async def test_a_worker_in_use_outlives_its_lifetime(max_overflow: int, autojump
         await trio.testing.wait_all_tasks_blocked()
         assert tool.closed
         assert session.statistics().idle == 1
-        assert session.statistics().retired == 1
+        assert session.statistics().retired >= 1
 
 
 async def test_an_old_worker_under_load_is_retired_too(autojump_clock: Clock) -> None:

@@ -35,6 +35,10 @@ RESET_TIMEOUT = 2.0
 START_TIMEOUT = 5.0
 LONGEST_PAUSE = 0.8
 """Seconds for which the pool leaves a server alone that has refused, at most."""
+LONGEST_PAUSE_FULL = 8.0
+"""The same, if it has refused because it is full. A place that is left to others is left for less."""
+FULL_FOR = 1.25 * 30
+"""Seconds for which a server that has refused because it is full counts as full, at most."""
 
 
 class BackgroundTrio:
@@ -109,11 +113,18 @@ class Moody(Manager):
         self.crashed: set[Tool] = set()
         self.hung_up: set[Tool] = set()
         self.peers: dict[Tool, tuple[socket.socket, socket.socket]] = {}
-        self.last_failure = self.last_success = -math.inf
+        self.last_failure = self.last_success = self.last_full = -math.inf
+        self.places = 0
+        """How many workers there may be when the server is full."""
+        self.refused = 0
+        """How often it has said so."""
         self.rush = 0
         """Workers that were started in this step, without time having passed."""
         self._rush_at = -math.inf
         self.repair()
+
+    def _is_full(self, error: Exception) -> bool:
+        return "too many" in str(error)
 
     def repair(self) -> None:
         self.opens = self.resets_are = self.checks = self.closes = "ok"
@@ -160,6 +171,10 @@ class Moody(Manager):
         if self.rush > 40:
             self.complaints.append("workers are started without end, while no time passes")
             await trio.sleep_forever()
+        if self.opens == "full" and len(self.shop.alive) >= self.places:
+            self.last_full = trio.current_time()
+            self.refused += 1
+            raise OSError("too many clients")
         try:
             if self.opens == "slow":
                 await trio.sleep(0.7)
@@ -465,6 +480,11 @@ class PoolMachine(RuleBasedStateMachine):
     def opening_is(self, mood: str) -> None:
         self.manager.opens = mood
 
+    @rule(places=st.integers(0, 4))
+    def the_server_is_full(self, places: int) -> None:
+        self.manager.opens = "full"
+        self.manager.places = places
+
     @rule(what=st.sampled_from(["resets_are", "checks", "closes"]), mood=moods)
     def the_rest_is(self, what: str, mood: str) -> None:
         setattr(self.manager, what, mood)
@@ -479,7 +499,12 @@ class PoolMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         before = self.shop.attempts
         starts_fail = self.manager.opens not in ("ok", "slow") or self.manager.checks != "ok"
+        refused = self.manager.refused
         self.trio.run(self.trio.let_pass, seconds)
+        # Once a second on average without a worker, and not more often with one; for each worker that
+        # goes, another attempt is made in its place.
+        gone = self.session._supervisor.counters["started"]
+        assert self.manager.refused - refused <= 5 + 2 * seconds + 2 * self.limit + gone
         if not starts_fail:
             # Each worker has been replaced once by the end of its life, and each a few times more
             # for some other reason. Workers that come and go for nothing are many more.
@@ -487,7 +512,7 @@ class PoolMachine(RuleBasedStateMachine):
             began = self.trio.clock.current_time() - seconds
             called_in = sum(time >= began for time in self.to_be_replaced.values())
             assert self.shop.attempts - before <= (
-                5 + called_in + 2 * self.limit * (1 + seconds / shortest)
+                5 + called_in + 2 * self.limit * (2 + seconds / shortest) + seconds
             )
 
     @rule(seconds=seconds)
@@ -512,7 +537,7 @@ class PoolMachine(RuleBasedStateMachine):
                 await self.trio.let_pass(1)
                 if not self.waiting and not self.leases:
                     break
-            await self.trio.let_pass(60)
+            await self.trio.let_pass(60 + FULL_FOR)
 
         self.trio.run(come_to_rest)
         now = self.session._supervisor.statistics()
@@ -622,6 +647,9 @@ class PoolMachine(RuleBasedStateMachine):
         # What is missing is being started, unless starts have just failed.
         if now - max(self.manager.last_failure, self.last_death) <= LONGEST_PAUSE:
             return
+        # A full server is left alone for longer, and then only tasks that wait need another worker.
+        if now - self.manager.last_full <= LONGEST_PAUSE_FULL:
+            return
         there = len(self.shop.alive) + self.shop.opening
         if self.waiting and there < self.limit:
             # A worker that is probed may serve one of them, if it answers promptly. (Before that, it
@@ -630,6 +658,8 @@ class PoolMachine(RuleBasedStateMachine):
             prompt = [began for began in probes if began > now - PROMPT_ANSWER]
             assert self.shop.opening or len(prompt) >= len(self.waiting)
         pool_size = self.session._supervisor.statistics().pool_size
+        if now - self.manager.last_full <= FULL_FOR:
+            return
         if not self.options["lazy"] and not self.draining and there < pool_size:
             assert self.shop.opening
 

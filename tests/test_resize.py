@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop, hang, open_checked_pool, raising, tool_of
+from workshop import Manager, Tool, Workshop, hang, nothing, open_checked_pool, raising, tool_of
 
 import whitepool
 
@@ -424,3 +424,20 @@ async def test_a_nonblocking_checkout_does_not_come_to_wait_for_a_client(
                 assert session.statistics().waiting == 1  # there is room for it still
                 session.resize(1, 0)
         session.checkin(held)
+
+
+async def test_a_failure_that_is_forgotten_keeps_no_worker(autojump_clock: MockClock) -> None:
+    """The pool has shrunk to what it has, so no start succeeds that would end the failure."""
+    shop = Workshop()
+    async with open_checked_pool(shop.make, pool_size=1, max_overflow=0) as session:
+        resource = await session.block_checkout()
+        shop.before_open = raising(OSError("connection refused"))
+        session.retire_all()
+        session.resize(max_overflow=1)
+        await wait_all_tasks_blocked()
+        session.resize(max_overflow=0)
+        shop.before_open = nothing
+        session.checkin(resource)
+        await trio.sleep(10)
+        assert shop.tools[0].closed
+        assert session.statistics().idle == 1

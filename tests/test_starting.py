@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop, hang, nothing, open_checked_pool, raising
+from workshop import Tool, Workshop, hang, nothing, open_checked_pool, raising
 
 import whitepool
 
@@ -253,130 +253,6 @@ async def test_too_few_are_too_few(autojump_clock: MockClock) -> None:
             pass
     assert trio.current_time() == 4
     assert not shop.alive
-
-
-# -- A server that has no more connections to give -----------------------------------------------------
-
-
-class Crowded(Manager):
-    """A manager of tools of which a server has only so many."""
-
-    def __init__(self, places: int) -> None:
-        super().__init__(Workshop())
-        self.places = places
-        self.shop.before_open = self._take_a_place
-
-    async def _take_a_place(self, _: int) -> None:
-        await trio.sleep(0.01)
-        if len(self.shop.alive) >= self.places:
-            raise OSError("too many clients")
-
-    def _is_full(self, error: Exception) -> bool:
-        return "too many" in str(error)
-
-
-def full_events(caplog: pytest.LogCaptureFixture) -> list[Any]:
-    events = [record.__dict__["event"] for record in caplog.records]
-    return [event for event in events if event not in ("pool_opened", "pool_closed")]
-
-
-async def test_a_full_server_does_not_fail_the_opening(
-    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
-) -> None:
-    """The pool is content with what it gets, and grows when there is room; it is told twice in all."""
-    caplog.set_level("INFO", "whitepool")
-    manager = Crowded(places=2)
-    async with open_checked_pool(manager, pool_size=5, start_timeout=5) as session:
-        assert trio.current_time() < 1
-        await wait_all_tasks_blocked()
-        assert session.statistics().idle == 2
-        await trio.sleep(600)
-        assert session.statistics().state == "ready"
-        assert full_events(caplog) == ["server_full"]
-        (told,) = [record for record in caplog.records if record.__dict__["event"] == "server_full"]
-        assert (told.__dict__["open"], told.levelname) == (2, "WARNING")
-        manager.places = 4
-        await trio.sleep(600)
-        assert session.statistics().idle == 4
-        assert full_events(caplog) == ["server_full"]
-        manager.places = 9
-        await trio.sleep(1)
-        assert session.statistics().idle == 5
-        assert full_events(caplog) == ["server_full", "start_recovered"]
-
-
-async def test_a_full_server_without_any_fails_the_opening(autojump_clock: MockClock) -> None:
-    """A pool that has no worker is of no use."""
-    with pytest.raises(whitepool.PoolStartError, match=r"0 of 5 workers.*too many clients"):
-        async with whitepool.open_pool(Crowded(places=0), pool_size=5, start_timeout=5):
-            pass
-
-
-async def test_a_full_server_may_come_to_have_room(autojump_clock: MockClock) -> None:
-    """An opening that waits for the first worker is done when there is one."""
-    manager = Crowded(places=0)
-
-    async def make_room() -> None:
-        await trio.sleep(3)
-        manager.places = 1
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(make_room)
-        async with open_checked_pool(manager, pool_size=5) as session:
-            assert trio.current_time() < 6
-            assert session.statistics().idle == 1
-
-
-@pytest.mark.parametrize("options", [{"pool_size": 2}, {"pool_size": 2, "lazy": True}])
-async def test_overflow_that_a_full_server_refuses(
-    options: dict[str, Any], caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
-) -> None:
-    """It is told once, however long tasks wait, and once more when it is over."""
-    caplog.set_level("INFO", "whitepool")
-    manager = Crowded(places=2)
-    async with open_checked_pool(manager, max_overflow=3, **options) as session:
-        held = [await session.block_checkout() for _ in range(2)]
-        with pytest.raises(whitepool.CheckoutTimeout, match="too many clients"):
-            await session.block_checkout(60)
-        assert session.statistics().start_failures > 50
-        assert full_events(caplog) == ["server_full"]
-        manager.places = 3
-        held.append(await session.block_checkout(60))
-        await trio.sleep(1)
-        assert full_events(caplog) == ["server_full", "start_recovered"]
-        for resource in held:
-            session.checkin(resource)
-
-
-async def test_another_failure_is_told_although_the_server_was_full(
-    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
-) -> None:
-    """What is quiet is only the want of places."""
-    caplog.set_level("INFO", "whitepool")
-    manager = Crowded(places=1)
-    async with open_checked_pool(manager, pool_size=2) as session:
-        await trio.sleep(60)
-        manager.shop.before_open = raising(OSError("connection refused"))
-        await trio.sleep(1)
-        assert full_events(caplog)[:2] == ["server_full", "start_failed"]
-        manager.shop.before_open = nothing
-        await trio.sleep(1)
-        assert full_events(caplog)[-1] == "start_recovered"
-        assert full_events(caplog).count("start_recovered") == 1
-        assert session.statistics().idle == 2
-
-
-async def test_a_full_server_keeps_its_workers(autojump_clock: MockClock) -> None:
-    """None is retired that could not be replaced: another client would take its place."""
-    manager = Crowded(places=2)
-    async with open_checked_pool(manager, pool_size=5, max_lifetime=60) as session:
-        session.retire_all()
-        await trio.sleep(600)
-        assert session.statistics().idle == 2
-        manager.places = 9
-        await trio.sleep(5)
-        assert session.statistics().idle == 5
-        assert not set(manager.shop.tools[:2]) & set(manager.shop.alive)
 
 
 async def test_a_start_that_was_given_up_calls_no_factory() -> None:

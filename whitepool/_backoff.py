@@ -12,6 +12,9 @@ LONGEST_BOUND = 0.8
 """Seconds. As no pause is longer, a pool tries again within a second of the moment in which its server
 accepts connections."""
 
+LONGEST_BOUND_FULL = 8.0
+"""Seconds. No pause is longer where a server is full."""
+
 FAILURE_RESET_AFTER = 5.0
 """Seconds without a failure after which the next one counts as the first again."""
 
@@ -23,6 +26,18 @@ def longest_pause(failures: int) -> float:
     """Return the bound of the pause that follows so many failures in a row: each doubles it."""
     # The exponent is bounded too: 2.0 ** 1024 overflows, after a quarter of an hour of failures.
     return min(LONGEST_BOUND, FIRST_BOUND * 2.0 ** min(failures - 1, 10))
+
+
+def draw_pause_full(workers: int) -> float:
+    """Return the seconds to wait if a server is full, and the pool has so many workers.
+
+    It serves with those, so the pauses are longer than where a server is down. The fewer it has, the
+    sooner it tries again, so that pools with few catch up. One that has none must not miss a place that
+    another pool leaves free for a moment (`_sharing.GAP`).
+    """
+    if workers == 0:
+        return random.uniform(0.5, 1.5)
+    return random.uniform(0.5, 1) * min(LONGEST_BOUND_FULL, 1.5 * workers)
 
 
 class Backoff:
@@ -56,8 +71,18 @@ class Backoff:
         if begun >= self.last_failure:
             self.retry_at = -math.inf
 
-    def failed(self, error: Exception, *, begun: float, now: float) -> None:
-        """Note that a start which began at the time `begun` has failed."""
+    def failed(
+        self,
+        error: Exception,
+        *,
+        begun: float,
+        now: float,
+        pause: float | None = None,
+    ) -> None:
+        """Note that a start which began at the time `begun` has failed.
+
+        The next has to wait for so many seconds; None: as long as `longest_pause` says, at most.
+        """
         self.last_error = error
         # It was under way when another one failed, so this is the same refusal, not another.
         if begun < self.last_failure:
@@ -67,7 +92,9 @@ class Backoff:
             self.failures = 0
         self.last_failure = now
         self.failures += 1
-        self.retry_at = now + random.uniform(0, longest_pause(self.failures))
+        if pause is None:
+            pause = random.uniform(0, longest_pause(self.failures))
+        self.retry_at = now + pause
 
 
 class EarlyDeaths:

@@ -19,6 +19,9 @@ T = TypeVar("T")
 SMALLEST_JITTER = 0.9
 """The smallest factor for the periods of a worker. See `Entry.jitter`."""
 
+SMALLEST_FIRST_LIFETIME = 0.05
+"""The smallest share of `max_lifetime` that a worker gets which is no successor of an old one."""
+
 HANDED_OVER = "handed over"
 """In place of the task that has a worker: its resource belongs to no one task. See `Entry.client`."""
 

@@ -8,6 +8,7 @@ which replaces them.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
@@ -17,7 +18,7 @@ import trio
 from trio.lowlevel import enable_ki_protection
 
 from . import _sizing as sizing
-from ._entry import Entry, Reason
+from ._entry import SMALLEST_FIRST_LIFETIME, Entry, Reason
 from ._options import Options
 from ._roster import Roster
 
@@ -53,6 +54,7 @@ class Maintenance(Generic[T]):
       evict: closes a worker for a reason.
       replace: called when workers were marked that are to be replaced.
       report_held: reports checkouts that last for too long; returns when the next comes due.
+      share: leaves places to other pools; returns when to look again. See `share_by`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Maintenance(Generic[T]):
         evict: Callable[[Entry[T], Reason], None],
         replace: Callable[[], None],
         report_held: Callable[[float], float],
+        share: Callable[[float], float],
     ) -> None:
         self._roster = roster
         self._options = options
@@ -70,9 +73,12 @@ class Maintenance(Generic[T]):
         self._replace = replace
         periods = sizing.periods(options)
         pause = sizing.PAUSE_FRACTION * min(periods)
+        self._aging = Duty(self._mark_old, pause=pause, period=periods.lifetime)
+        self._sharing = Duty(share, pause=0, period=math.inf)
         self._duties = [
             Duty(self._evict_surplus, pause=pause, period=periods.surplus),
-            Duty(self._mark_old, pause=pause, period=periods.lifetime),
+            self._aging,
+            self._sharing,
             Duty(self._mark_unused, pause=pause, period=periods.idle),
             Duty(self._probe, pause=sizing.PROBE_RETRY, period=periods.probe),
             Duty(report_held, pause=pause, period=periods.held),
@@ -83,6 +89,8 @@ class Maintenance(Generic[T]):
         # found out when it is time, because a use must cost nothing. A number decides between equals.
         self._coming: list[tuple[float, int, Entry[T]]] = []
         self._numbers = count()
+        # Workers that are too old, and whose successors have not been opened yet.
+        self._successors = 0
         self._now = trio.lowlevel.current_clock().current_time
         self._nap = trio.CancelScope()
         # When an idle worker was last suspected to be of no use; when all suspects were last probed,
@@ -92,7 +100,15 @@ class Maintenance(Generic[T]):
         self._suspects_due = math.inf
 
     def add(self, entry: Entry[T]) -> None:
-        """Look after a worker that has been opened, until it has to leave."""
+        """Look after a worker that has been opened, until it has to leave.
+
+        Workers that are opened together, when the pool is opened or recovers, must not reconnect
+        together: each may get old much sooner. Their successors come one by one, and stay apart.
+        """
+        share = entry.jitter if self._successors else random.uniform(SMALLEST_FIRST_LIFETIME, 1)
+        self._successors = max(0, self._successors - 1)
+        entry.expires_at = entry.opened_at + self._options.max_lifetime * share
+        self._look_by(self._aging, entry.expires_at)
         if entry.can_be_checked and 0 < self._options.check_interval < math.inf:
             # Those that have left are forgotten when it is their time, or when there are many of them.
             if len(self._coming) > 64 + 2 * len(self._roster.entries):
@@ -100,6 +116,14 @@ class Maintenance(Generic[T]):
                 heapify(self._coming)
             due = sizing.probe_at(entry, self._options.check_interval, self._now())
             heappush(self._coming, (due, next(self._numbers), entry))
+
+    def share_by(self, time: float) -> None:
+        """Have `share` called at that time, or before."""
+        self._look_by(self._sharing, time)
+
+    def _look_by(self, duty: Duty, time: float) -> None:
+        duty.due = min(duty.due, time)
+        self._nap.deadline = min(self._nap.deadline, time)
 
     def probe_all(self) -> None:
         """Have all idle workers probed at once: what made one of them useless may go for all.
@@ -145,6 +169,8 @@ class Maintenance(Generic[T]):
         """Mark workers that are alive and well, but too old."""
         too_old, next_due = sizing.lifetime_expired(self._roster.entries, now)
         self._mark(too_old, "lifetime")
+        if too_old:
+            self._successors = len(self._roster.expiring)
         return next_due
 
     def _mark_unused(self, now: float) -> float:

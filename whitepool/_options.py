@@ -49,8 +49,9 @@ class Options:
     replaced unless the pool is lazy."""
 
     max_lifetime: float = math.inf
-    """A worker this old, less up to a tenth by chance, is retired once it is idle. Its replacement is
-    opened first, if there is room."""
+    """A worker this old is retired once it is idle. Its replacement is opened first, if there is room.
+    By chance it is retired earlier: one that replaces an old one by up to a tenth, any other one at
+    between a twentieth of the time and all of it."""
 
     check_interval: float = 30.0
     """An idle worker is probed with `WorkerManager.check` this often, or up to a tenth more often.

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import trio
 
 from . import _sizing as sizing
-from ._backoff import EARLY_DEATH_WINDOW, FAILURE_RESET_AFTER, Backoff, EarlyDeaths
+from ._backoff import (
+    EARLY_DEATH_WINDOW,
+    FAILURE_RESET_AFTER,
+    Backoff,
+    EarlyDeaths,
+    draw_pause_full,
+)
 from ._entry import Entry, Reason
 from ._errors import PoolStartError, describe
 from ._log import PoolLog
 from ._options import Options
 from ._roster import Roster
+from ._sharing import Sharing
 from ._statistics import Counters
 
 T = TypeVar("T")
@@ -23,6 +31,7 @@ class Starter(Generic[T]):
     """Starts the workers of one pool, and keeps account of what became of the starts.
 
     Args:
+      sharing: knows whether the server is full.
       start_one: starts one worker, by adding it to the roster and running its task.
     """
 
@@ -32,6 +41,7 @@ class Starter(Generic[T]):
         options: Options,
         counters: Counters,
         log: PoolLog,
+        sharing: Sharing[T],
         *,
         start_one: Callable[[], None],
     ) -> None:
@@ -49,13 +59,14 @@ class Starter(Generic[T]):
         self._options = options
         self._counters = counters
         self._log = log
+        self._sharing = sharing
         self._start_one = start_one
         self._early_deaths = EarlyDeaths()
         self._observers: list[Callable[[float], None]] = []
         self.down_since: float | None = None
         """Since when the pool is down. None while it is not."""
-        # Whether the peer takes no more connections, and the pool has some. That is told once.
-        self._is_full = False
+        # Whether it has been told that the server is full, which is told once.
+        self._full_is_told = False
 
     @property
     def is_failing(self) -> bool:
@@ -93,14 +104,16 @@ class Starter(Generic[T]):
             unprovided=unprovided,
             opening=roster.opening,
             lasting=roster.lasting,
-            target=0 if draining else self.target,
-            room=roster.room,
+            target=0 if draining else self._sharing.target(self.target, now),
+            room=self._sharing.room(now),
             at_once=sizing.starts_at_once(
                 max_starting=self._options.max_starting,
-                is_failing=self.is_failing,
+                is_failing=self.is_failing or self._sharing.is_full(now),
                 is_pausing=now < self.backoff.retry_at,
             ),
         )
+        if missing > 0:
+            self._sharing.wants_worker = False  # to close one and open another would be pointless
         for _ in range(missing):
             self._start_one()
 
@@ -118,15 +131,30 @@ class Starter(Generic[T]):
             total=len(roster.entries),
             limit=roster.limit,
             is_failing=self.is_failing and is_recent,
-        )
+        ) or self._sharing.may_exchange(waiting=waiting, now=now)
+
+    def on_retired(self, now: float) -> None:
+        """Note that a worker that is to be replaced has gone."""
+        if self._sharing.is_full(now):
+            self._sharing.on_exchange(now)
+            self.backoff.retry_at = -math.inf  # its place is free in this moment
+
+    def try_by(self, time: float) -> None:
+        """Have the next start wait until that time at the longest."""
+        self.backoff.retry_at = min(self.backoff.retry_at, time)
 
     def on_opened(self, entry: Entry[T]) -> None:
         """Note that a worker has been opened: the starts after it need no pause."""
-        if self.is_failing and not self._is_full:
+        if self.is_failing and not self._full_is_told:
             self._log.info("start_recovered", failures=self.backoff.failures)
         self.down_since = None
         self.is_doubtful = False
         self.backoff.succeeded(begun=entry.opened_at - entry.opening_time)
+        self._sharing.on_opened(entry.opened_at)
+        if self._sharing.is_full(entry.opened_at):
+            # There was one place. Others need the next more, if they have fewer workers.
+            pause = 0.25 * draw_pause_full(self._roster.open)
+            self.backoff.retry_at = max(self.backoff.retry_at, entry.opened_at + pause)
         self._log.debug("worker_started", seconds=round(entry.opening_time, 6))
         for observe in self._observers:
             observe(entry.opening_time)
@@ -135,18 +163,19 @@ class Starter(Generic[T]):
         """Note that a worker could not be opened; that had begun at the time `begun`.
 
         The next start has to wait until `backoff.retry_at`, and the caller has to wake the supervisor
-        then. A `PoolStartError` before the pool is open is final. If the peer `is_full`, the pool is
-        content with the workers that it has, and goes on trying.
+        then. A `PoolStartError` before the pool is open is final. If the server `is_full`, the pool is
+        content with the workers that it has, if there is one, and goes on trying.
         """
         self._counters["start_failures"] += 1
-        self._back_off(error, begun, now)
-        if not is_full:
-            self._log.throttled_warning("start_failed", error=describe(error))
-        elif not self._is_full:
-            self._log.warning("server_full", open=self._roster.open, error=describe(error))
-        self._is_full = is_full
+        pause = draw_pause_full(self._roster.open) if is_full else None
+        self._back_off(error, begun, now, pause)
         if is_full:
-            self._set_opened()
+            self._sharing.on_refused(now)
+            if not self._full_is_told:
+                self._log.warning("server_full", open=self._roster.open, error=describe(error))
+        else:
+            self._log.throttled_warning("start_failed", error=describe(error))
+        self._full_is_told = is_full
         if isinstance(error, PoolStartError) and not self.opened.is_set():
             self.final_error = error
             self.opened.set()
@@ -164,11 +193,11 @@ class Starter(Generic[T]):
         self._back_off(error, entry.opened_at, now)
         return True
 
-    def _back_off(self, error: Exception, begun: float, now: float) -> None:
+    def _back_off(self, error: Exception, begun: float, now: float, pause: float | None = None) -> None:
         # A lazy pool has made no attempt while it was not used: what was then says nothing of now.
         if begun > self.backoff.last_failure + FAILURE_RESET_AFTER:
             self.down_since = None
-        self.backoff.failed(error, begun=begun, now=now)
+        self.backoff.failed(error, begun=begun, now=now, pause=pause)
         self.note_if_down(now)
 
     def note_if_down(self, now: float) -> None:
@@ -176,13 +205,18 @@ class Starter(Generic[T]):
         if self.down_since is None and self.is_down:
             self.down_since = now
 
-    def set_opened_if_complete(self) -> None:
-        """Set `opened` if enough workers are open, and ready to be used."""
-        if self._roster.open - self._roster.servicing >= self._min_ready:
+    def set_opened_if_complete(self, now: float) -> None:
+        """Set `opened` if enough workers are open, and ready to be used: of a full server, one."""
+        enough = min(1, self._min_ready) if self._full_is_told else self._min_ready
+        if self._roster.open - self._roster.servicing >= enough:
             self._set_opened()
-        # The size is not all that may be wanted: it may be the overflow that the peer refuses.
-        if self._is_full and not self.is_failing and self._roster.lasting >= self.target:
-            self._is_full = False
+        if (
+            self._full_is_told
+            and not self.is_failing
+            and not self._sharing.is_full(now)
+            and self._roster.lasting >= self.target
+        ):
+            self._full_is_told = False
             self._log.info("start_recovered", failures=self.backoff.failures)
 
     def _set_opened(self) -> None:

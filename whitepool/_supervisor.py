@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import trio
 from trio.lowlevel import enable_ki_protection
 
+from ._backoff import FAILURE_RESET_AFTER
 from ._checking import Checker
 from ._entry import REASONS, Departure, Entry, Reason, State
 from ._errors import PoolClosed, PoolFull, PoolStartError, describe
@@ -21,6 +22,7 @@ from ._manager import WorkerManager, close_timeout, manager_of, on_misconfigured
 from ._operating import Operator
 from ._options import Options
 from ._roster import IN_USE, Roster
+from ._sharing import Sharing
 from ._standing import Standing
 from ._starting import Starter
 from ._statistics import COUNTERS, PoolStatistics
@@ -52,12 +54,14 @@ class Supervisor(Generic[T]):
         self.closed = trio.Event()
         self.now = trio.lowlevel.current_clock().current_time
         self._manager = manager
+        # That of the worker that was opened last: if there is a bare factory, its workers know theirs.
+        self._worker_manager = manager
         # Whether each returned worker passes through its task, because a hook has to run there.
         self._hooks_on_return = (
             options.hooks.on_checkin is not None or options.hooks.after_release is not None
         )
         # Whether a returned worker may be surplus, and then has to go: always with an `overflow_ttl` of
-        # 0, else while the pool shrinks.
+        # 0, else while the pool shrinks, or is to leave a place to others.
         self._seeks_surplus = options.overflow_ttl == 0
         # Whether each idle worker is probed before it is handed out.
         self.probes_first = options.check_interval == 0
@@ -67,8 +71,15 @@ class Supervisor(Generic[T]):
         self._log = PoolLog(self.name)
         # With the variables of the task that opens the pool, as the supervisor's own task has them.
         self._context = copy_context()
+        self.sharing = Sharing(
+            self.roster,
+            waiting=lambda: self.queue.waiting,
+            evict=self.evict,
+            call_in=self._call_one_in,
+            wake=self.wake,
+        )
         self.starter = Starter(
-            self.roster, options, self.counters, self._log, start_one=self._start_worker
+            self.roster, options, self.counters, self._log, self.sharing, start_one=self._start_worker
         )
         self.standing = Standing(options, self.counters, self.roster, self.starter)
         self.queue: WaitQueue[Entry[T]] = WaitQueue(
@@ -85,6 +96,7 @@ class Supervisor(Generic[T]):
             evict=self.evict,
             replace=self.wake,
             report_held=self.holding.look,
+            share=self.sharing.look,
         )
         self._checker = Checker(
             self.roster, self.queue, evict_if_dead=self.evict_if_dead, wake=self.wake
@@ -112,8 +124,8 @@ class Supervisor(Generic[T]):
 
         Its state is IN_USE if a client has just returned it, else SERVICING.
         """
-        # 1. The pool has been resized, and has too many.
-        if self._seeks_surplus and self.roster.too_many > 0:
+        # 1. The pool has been resized, and has too many; or it leaves a place to others.
+        if self._seeks_surplus and (self.roster.too_many > 0 or self._leaves_place(now)):
             self.evict(entry, "overflow")
         # 2. A task waits for it.
         elif self.queue.waiting:
@@ -264,6 +276,19 @@ class Supervisor(Generic[T]):
         ):
             return False
         self.evict(entry, entry.evict_reason)  # does nothing if it was evicted while it was in use
+        if departure is Departure.WHEN_REPLACED:
+            self.starter.on_retired(self.now())
+        return True
+
+    def _call_one_in(self) -> None:
+        """Have the next worker that comes back seen by `Sharing.takes`."""
+        self._seeks_surplus = True
+
+    def _leaves_place(self, now: float) -> bool:
+        """Say whether a worker that has come back is to leave its place to others."""
+        if self.draining or not self.sharing.takes(now):
+            return False
+        self.starter.try_by(self.sharing.left_until)
         return True
 
     # -- What sessions ask ---------------------------------------------------------------------------
@@ -291,6 +316,10 @@ class Supervisor(Generic[T]):
         if not self.draining:
             self._operator.resize(pool_size, max_overflow)
             self._seeks_surplus = self._seeks_surplus or self.roster.too_many > 0
+            if self.starter.is_failing:
+                # A pool that starts none any more is not woken by its starts when a failure is old.
+                forgotten_at = self.starter.backoff.last_failure + FAILURE_RESET_AFTER
+                self._nursery.start_soon(self._wake_at, forgotten_at + 0.001)
             # What a nonblocking checkout waited for may have been given up: it must not wait for a
             # client now.
             for waiter in self.queue.nonblocking_beyond(self.standing.obtainable()):
@@ -313,11 +342,17 @@ class Supervisor(Generic[T]):
         self.roster.move(entry, State.SERVICING)
         self._hangups.add(entry.fileno, entry)
         self._maintenance.add(entry)
+        self._worker_manager = manager_of(entry.worker, self._manager)
         self.starter.on_opened(entry)
+        if self.starter.is_pausing(self.now()):
+            self._wake_for_retry()
+        self._share()
 
     def on_open_failed(self, entry: Entry[T], error: Exception, begun: float) -> None:
         self.roster.move(entry, State.CLOSING)
-        self.starter.on_failed(error, begun, self.now(), is_full=self._is_full(error))
+        is_full = self._worker_manager._is_full(error)
+        self.starter.on_failed(error, begun, self.now(), is_full=is_full)
+        self._share()
         self._wake_for_retry()
         if self.starter.final_error is not None:
             self.drain()
@@ -332,11 +367,10 @@ class Supervisor(Generic[T]):
             refusal.__cause__ = error
             self.queue.fail(waiter, refusal)
 
-    def _is_full(self, error: Exception) -> bool:
-        """Say whether a start failed because the peer gives the pool no more than it has."""
-        # If there is a bare factory, the managers of its workers know.
-        workers = [entry.worker for entry in self.roster.entries if entry.is_open]
-        return any(manager_of(worker, self._manager)._is_full(error) for worker in workers)
+    def _share(self) -> None:
+        """Look soon whether to leave a place to others, if that may be."""
+        if self.sharing.may_be_due:
+            self._maintenance.share_by(self.now())
 
     def on_ready(self, entry: Entry[T]) -> None:
         # The worker task only says so. What becomes of the worker is decided in the supervisor's task.
@@ -430,7 +464,7 @@ class Supervisor(Generic[T]):
                 draining=self.draining,
                 now=self.now(),
             )
-            self.starter.set_opened_if_complete()
+            self.starter.set_opened_if_complete(self.now())
 
     def _receive(self, entry: Entry[T] | None) -> None:
         """Take a message from the channel: a worker that is ready, or None, to have been woken."""
@@ -484,7 +518,8 @@ class Supervisor(Generic[T]):
                 for entry in opening[-surplus:]:  # those that began last
                     self.evict(entry, "shutdown" if self.draining else "overflow")
         elif self._seeks_surplus:
-            self._seeks_surplus = self.options.overflow_ttl == 0  # the pool has shrunk
+            # The pool has shrunk.
+            self._seeks_surplus = self.options.overflow_ttl == 0 or self.sharing.wants_worker
 
     def _retire_expiring(self) -> None:
         """Evict the idle workers that are to be replaced, as far as others are there in their place."""

@@ -220,8 +220,7 @@ class WorkerTask(Generic[T]):
         fileno = entry.fileno = manager.fileno(entry.worker)
         if not (fileno is None or isinstance(fileno, int)):
             raise TypeError(f"fileno must return an int or None, not {fileno!r}")
-        entry.opened_at = entry.probed_at = now = trio.current_time()
-        entry.expires_at = now + self._options.max_lifetime * entry.jitter
+        entry.opened_at = entry.probed_at = trio.current_time()
 
     # -- Jobs ----------------------------------------------------------------------------------------
 

@@ -226,3 +226,21 @@ async def test_an_unknown_database_is_final(bouncer: PgBouncer) -> None:
     with trio.fail_after(2), pytest.raises(whitepool.PoolStartError, match="no such database"):
         async with open_pool(nowhere, pool_size=1, start_timeout=4):
             pytest.fail("the pool was opened")
+
+
+async def test_one_that_is_full(
+    server: EmbeddedPostgres, onlooker: Onlooker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes `max_client_conn` clients, and no more: the pool makes do, and says so once."""
+    bouncer = PgBouncer(server, tmp_path, max_client_conn=2)
+    try:
+        await bouncer.start()
+        async with open_pool(bouncer.dsn, pool_size=4, max_overflow=0) as session:
+            async with session.worker(), session.worker(5):
+                with pytest.raises(whitepool.CheckoutTimeout, match="no more connections allowed"):
+                    await session.block_checkout(3)
+            assert session.statistics().start_failures <= 8
+    finally:
+        bouncer.kill()
+    told = [record.__dict__["event"] for record in caplog.records]
+    assert told == ["server_full"]
