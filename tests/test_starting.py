@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Tool, Workshop, hang, nothing, open_checked_pool, raising
+from workshop import Manager, Tool, Workshop, hang, nothing, open_checked_pool, raising
 
 import whitepool
 

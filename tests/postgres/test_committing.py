@@ -21,7 +21,7 @@ import whitepool
 from whitepool.postgres import PostgresManager, PostgresSession, open_pool
 
 Notes = Callable[[], int]
-Session = PostgresSession[Connection]
+Session = PostgresSession[Any]
 
 INSERT = "INSERT INTO notes VALUES ('a')"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import psycopg
 import pytest
 from connections import (
     IDLE,
@@ -11,11 +13,14 @@ from connections import (
     ask,
     status,
 )
-from psycopg import AsyncCursor
-from psycopg.rows import dict_row
+from psycopg import AsyncCursor, pq
+from psycopg.rows import Row, TupleRow, dict_row
 from psycopg.types.string import TextLoader
 
-from whitepool.postgres import TrioConnection, connect
+import whitepool
+from whitepool._options import Options
+from whitepool.postgres import PostgresManager, TrioConnection, connect, open_pool
+from whitepool.postgres._keywords import ConnectKeywords, LibpqKeywords, PoolKeywords
 
 
 async def test_with_autocommit_a_statement_starts_no_transaction(dsn: str) -> None:
@@ -80,3 +85,52 @@ async def test_a_subclass_connects_itself(dsn: str) -> None:
 
     async with await Mine.connect(dsn) as connection:
         assert type(connection) is Mine
+
+
+def test_type_checkers_know_every_keyword_of_libpq() -> None:
+    """Those of this libpq. Newer ones may have more, and older ones fewer."""
+    of_libpq = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    assert of_libpq <= set(LibpqKeywords.__annotations__)
+
+
+def test_type_checkers_know_every_keyword_of_connect_and_every_option() -> None:
+    own = set(inspect.signature(connect).parameters) - {"conninfo", "row_factory", "kwargs"}
+    assert set(ConnectKeywords.__annotations__) - set(LibpqKeywords.__annotations__) == own
+    options = {
+        name: parameter.annotation for name, parameter in inspect.signature(Options).parameters.items()
+    }
+    types = {name: PoolKeywords.__annotations__[name].__forward_arg__ for name in options}
+    assert types == options
+    assert set(PoolKeywords.__annotations__) == set(ConnectKeywords.__annotations__) | set(options)
+
+
+class Mine(TrioConnection[Row]):
+    """A connection class of one's own."""
+
+    async def one(self) -> Row | None:
+        return await (await self.execute("SELECT 1 AS one")).fetchone()
+
+
+async def test_connection_class_makes_the_connections(dsn: str) -> None:
+    """Of a pool and of a manager; the class may say what its rows are."""
+    async with (
+        open_pool(dsn, connection_class=Mine[TupleRow]) as session,
+        session.connection() as connection,
+    ):
+        assert type(connection) is Mine
+        assert await connection.one() == (1,)
+    async with (
+        open_pool(dsn, connection_class=Mine, row_factory=dict_row) as dicts,
+        dicts.connection() as connection,
+    ):
+        assert await connection.one() == {"one": 1}
+    manager = PostgresManager(dsn, connection_class=Mine)
+    async with whitepool.open_pool(manager) as plain, plain.worker() as connection:
+        assert type(connection) is Mine
+
+
+@pytest.mark.parametrize("wrong", [psycopg.AsyncConnection, dict[str, int], "TrioConnection", None])
+def test_connection_class_must_run_on_trio(wrong: Any) -> None:
+    """Any other class is refused before anything is opened."""
+    with pytest.raises(TypeError, match="connection_class must be a TrioConnection, not"):
+        open_pool("", connection_class=wrong)

@@ -211,7 +211,7 @@ async def test_a_wrong_database_is_an_operational_error(dsn: str) -> None:
 async def test_a_wrong_parameter_is_a_programming_error() -> None:
     """A keyword, or a timeout, that libpq does not understand is a ProgrammingError."""
     with pytest.raises(psycopg.ProgrammingError, match="nonsense"):
-        await connect(nonsense=1)
+        await connect(nonsense=1)  # type: ignore[call-arg]
     with pytest.raises(psycopg.ProgrammingError, match="connect_timeout"):
         await connect(connect_timeout="soon")
 

@@ -127,7 +127,7 @@ def test_what_is_wrong_with_the_callable_is_said_at_once() -> None:
     with pytest.raises(TypeError, match="conninfo is called without arguments: missing"):
         PostgresManager(wants_one)
     with pytest.raises(ValueError, match="did you mean password"):
-        open_pool(lambda: "dbname=shop", pasword="x")
+        open_pool(lambda: "dbname=shop", pasword="x")  # type: ignore[call-overload]
 
 
 async def _none() -> None: ...
@@ -283,7 +283,7 @@ MAX_LIFETIME = 0.2
 class Requests:
     """Many clients of one pool. Each makes one request after the other, with the default timeout."""
 
-    def __init__(self, session: whitepool.postgres.PostgresSession[Connection]) -> None:
+    def __init__(self, session: whitepool.postgres.PostgresSession[Any]) -> None:
         self.served = 0
         self.lost = 0
         """Requests whose connection ended in the middle; a new connection can't know their answer."""
@@ -328,7 +328,7 @@ async def _under_load(
     """
 
     def has_started(connections: int) -> bool:
-        return session.statistics().started >= connections
+        return bool(session.statistics().started >= connections)
 
     async with open_pool(
         secret.slow,

@@ -39,7 +39,7 @@ def told(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 
 
 @asynccontextmanager
-async def a_pool(dsn: str, **options: Any) -> AsyncIterator[PostgresSession[Connection]]:
+async def a_pool(dsn: str, **options: Any) -> AsyncIterator[PostgresSession[Any]]:
     async with open_pool(dsn, name="mine", pool_size=1, max_overflow=0, **options) as session:
         yield session
 

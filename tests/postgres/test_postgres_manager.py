@@ -94,7 +94,7 @@ def test_a_wrong_type_is_refused_at_once(make: Callable[..., object]) -> None:
 def test_a_wrong_option_is_refused_at_once(dsn: str) -> None:
     """Options of the pool are checked by open_pool as they are by whitepool.open_pool."""
     with pytest.raises(TypeError, match="pool_size"):
-        open_pool(dsn, pool_size="5")  # type: ignore[arg-type]
+        open_pool(dsn, pool_size="5")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="max_overflow"):
         open_pool(dsn, max_overflow=-1)
 

@@ -21,12 +21,12 @@ from timing import until
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import PostgresSession, TrioConnection, connect, open_pool
+from whitepool.postgres import PostgresSession, connect, open_pool
 
 NOT_BY_DEFAULT = "25006: the server is read-only: default_transaction_read_only is on"
 IN_STANDBY = "25006: the server is read-only: in_hot_standby is on"
 
-Session = PostgresSession[TrioConnection[Any]]
+Session = PostgresSession[Any]
 Write = Callable[[Session], Awaitable[None]]
 
 

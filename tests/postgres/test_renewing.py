@@ -12,9 +12,9 @@ from onlooker import Onlooker
 from timing import until
 from workshop import check_books
 
-from whitepool.postgres import PostgresSession, TrioConnection, open_pool
+from whitepool.postgres import PostgresSession, open_pool
 
-Session = PostgresSession[TrioConnection[tuple[int]]]
+Session = PostgresSession[tuple[int]]
 
 APPLICATION = "whitepool-renewing"
 

@@ -669,9 +669,9 @@ def test_a_wrong_reset(reset: Any, kind: type[Exception]) -> None:
 def test_a_wrong_configure_or_conninfo() -> None:
     """A configure that can't be called, and a conninfo that is no text, are refused at once."""
     with pytest.raises(TypeError, match="configure"):
-        PostgresManager(configure="SET x = 1")  # type: ignore[arg-type]
+        PostgresManager(configure="SET x = 1")  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="conninfo must be a str or a callable, not int"):
-        PostgresManager(7)  # type: ignore[arg-type]
+        PostgresManager(7)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("host", ["/run/postgres@17", "@abstract", "127.0.0.1,/run/postgres@17"])
@@ -705,7 +705,7 @@ def test_a_conninfo_that_cannot_be_parsed(conninfo: str) -> None:
 def test_an_unknown_keyword(dsn: str) -> None:
     """A keyword that connect does not have is refused at once, and named."""
     with pytest.raises(ValueError, match="passwort") as caught:
-        PostgresManager(dsn, passwort=SECRET)
+        PostgresManager(dsn, passwort=SECRET)  # type: ignore[call-overload]
     check_no_secret(caught.value)
 
 

@@ -71,7 +71,8 @@ async def test_a_create_of_your_own_keeps_configure_and_reset(
         async with session.worker() as connection:
             left = await ask(connection, "SELECT count(*) FROM pg_listening_channels()")
             assert left == (1 if reset == "rollback" else 0)
-            assert (connection.row_factory is dict_row) is not by_super
+            row_factory: Any = connection.row_factory
+            assert (row_factory is dict_row) is not by_super
         session.destroyed(
             session.checkout_nowait() if reset == "rollback" else await session.block_checkout()
         )

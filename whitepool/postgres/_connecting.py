@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import trio
 from psycopg import errors, pq
-from psycopg.abc import ConnDict, ConnParam
+from psycopg.abc import ConnDict
 from psycopg.conninfo import (
     conninfo_attempts,
     conninfo_to_dict,
@@ -22,6 +22,7 @@ from psycopg.conninfo import (
 
 from .._checks import check_runs_on_trio, check_seconds, did_you_mean
 from .._options import Options
+from ._keywords import LibpqKeywords
 from ._waiting import poll, ungrouped
 
 SILENCE = 0.5
@@ -108,7 +109,7 @@ def _meant(keywords: Iterable[str]) -> str:
     return "".join(did_you_mean(keyword, known) for keyword in keywords if keyword not in known)
 
 
-async def connect_to_first(conninfo: str, keywords: dict[str, ConnParam]) -> pq.abc.PGconn:
+async def connect_to_first(conninfo: str, keywords: LibpqKeywords) -> pq.abc.PGconn:
     """Return a connection to the first of the hosts, and of their addresses, that accepts one.
 
     They are tried in their order, each when the one before it has failed, or has been silent for

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import psycopg
 import trio
 from psycopg import AsyncPipeline, pq
-from psycopg.abc import RV, AdaptContext, ConnParam, PQGen
+from psycopg.abc import RV, AdaptContext, PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.generators import execute
 from psycopg.rows import AsyncRowFactory, Row
@@ -41,6 +41,7 @@ from ._cancelling import (
     shielded_cleanup,
 )
 from ._connecting import connect_to_first
+from ._keywords import LibpqKeywords, R
 from ._last_words import (
     is_silent,
     listen_for_last_words,
@@ -52,7 +53,7 @@ from ._readiness import notify_closing
 from ._waiting import Lock, drive, drive_for, uninterrupted_block
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
 BUSY_TIME = 0.0001
 """Seconds for which operations that never have to wait, on one connection, may keep the event loop.
@@ -118,7 +119,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         self.lock = Lock()  # type: ignore[assignment]  # declared as asyncio's
 
     @classmethod
-    async def connect(  # type: ignore[override]  # psycopg's has any keyword, but no float
+    async def connect(  # type: ignore[override]  # psycopg's has any keyword
         cls,
         conninfo: str = "",
         *,
@@ -128,7 +129,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
         row_factory: AsyncRowFactory[Row] | None = None,
         cursor_factory: type[psycopg.AsyncCursor[Row]] | None = None,
         cleanup_timeout: float = 5.0,
-        **kwargs: ConnParam,
+        **kwargs: Unpack[LibpqKeywords],
     ) -> Self:
         """Connect to a server; see `psycopg.AsyncConnection.connect`.
 
@@ -375,4 +376,25 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             self.pgconn.finish()
 
 
-connect = TrioConnection.connect
+async def connect(
+    conninfo: str = "",
+    *,
+    autocommit: bool = False,
+    prepare_threshold: int | None = 5,
+    context: AdaptContext | None = None,
+    row_factory: AsyncRowFactory[R] | None = None,
+    cursor_factory: type[psycopg.AsyncCursor[Any]] | None = None,
+    cleanup_timeout: float = 5.0,
+    **kwargs: Unpack[LibpqKeywords],
+) -> TrioConnection[R]:
+    """Connect to a server: `TrioConnection.connect`, as a function."""
+    return await TrioConnection[R].connect(
+        conninfo,
+        autocommit=autocommit,
+        prepare_threshold=prepare_threshold,
+        context=context,
+        row_factory=row_factory,
+        cursor_factory=cursor_factory,
+        cleanup_timeout=cleanup_timeout,
+        **kwargs,
+    )

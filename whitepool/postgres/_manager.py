@@ -8,14 +8,14 @@ the connection.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Generic, Union, get_origin, overload
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import psycopg
 from psycopg import pq
 from psycopg.adapt import AdaptersMap
 from psycopg.generators import execute
+from psycopg.rows import AsyncRowFactory, Row
 from psycopg.waiting import Wait
 
 from .._checks import check_call
@@ -24,14 +24,15 @@ from .._manager import WorkerManager, created_by, on_discarded, on_misconfigured
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, is_full, validate
 from ._connection import TrioConnection
+from ._keywords import C, Configure, ConnectKeywords, Conninfo, K, R, Reset
 from ._last_words import last_words, note_last_words, why_read_only
 from ._session import PostgresSession
 from ._waiting import drive, ready_now
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Connection = TrioConnection[Any]
-Conninfo = Union[str, Callable[[], str], Callable[[], Awaitable[str]]]
-Configure = Callable[[Connection], Awaitable[None]]
-Reset = Union[Literal["rollback", "session"], Configure]
 
 # The process of a session, and since when its server runs.
 ServerSession = tuple[Union[bytes, None], Union[bytes, None]]
@@ -88,12 +89,12 @@ _CLIENT_SIDE = (
 )
 
 
-class ConnectionManager(WorkerManager[Connection]):
+class ConnectionManager(WorkerManager[K]):
     """What every connection needs, also one that a bare factory has opened."""
 
     _suspect_timeout = 1.0
 
-    def is_alive(self, worker: Connection) -> bool:
+    def is_alive(self, worker: K) -> bool:
         """Return whether the connection is open, and no query, copy or pipeline is under way.
 
         A two-phase transaction counts as one that is: only its client knows how it should end. And so
@@ -117,7 +118,7 @@ class ConnectionManager(WorkerManager[Connection]):
             and not worker._unconfirmed_requests
         )
 
-    def needs_reset(self, worker: Connection) -> bool:
+    def needs_reset(self, worker: K) -> bool:
         """Return whether the connection is in a transaction, or is still being used.
 
         It may be, after its checkin, by a `transaction()` block that was not left, or by a generator
@@ -129,7 +130,7 @@ class ConnectionManager(WorkerManager[Connection]):
             or worker.lock.locked()
         )
 
-    async def reset(self, worker: Connection) -> None:
+    async def reset(self, worker: K) -> None:
         """Roll back, once no other task uses the connection any more.
 
         If that throws away what the client has written, the statistics count it, and a warning says so.
@@ -150,12 +151,12 @@ class ConnectionManager(WorkerManager[Connection]):
         async with worker.lock:
             await drive(worker._prepared.maintain_gen(worker), worker.pgconn.socket)
 
-    async def _before_on_checkin(self, worker: Connection) -> None:
+    async def _before_on_checkin(self, worker: K) -> None:
         """End the client's transaction: what the hook does in it would be rolled back with it."""
         if ConnectionManager.needs_reset(self, worker):
             await ConnectionManager.reset(self, worker)
 
-    def _after_hook(self, worker: Connection, hook: str) -> None:
+    def _after_hook(self, worker: K, hook: str) -> None:
         """Raise an error if the hook has left a transaction open. Its effect would be rolled back.
 
         That is `psycopg.ProgrammingError`, and for a new connection `whitepool.PoolStartError`, because
@@ -172,7 +173,7 @@ class ConnectionManager(WorkerManager[Connection]):
         """Return whether the server, or a PgBouncer, takes no more connections."""
         return is_full(error)
 
-    async def check(self, worker: Connection) -> None:
+    async def check(self, worker: K) -> None:
         """Send an empty query, which starts no transaction, and wait for the answer.
 
         Raises `psycopg.errors.ReadOnlySqlTransaction` if the answer tells that the server is read-only,
@@ -181,12 +182,12 @@ class ConnectionManager(WorkerManager[Connection]):
         await _run(worker, b"")
         _demand_writable(worker)
 
-    def _last_words(self, worker: Connection) -> str:
+    def _last_words(self, worker: K) -> str:
         """Return what the server said when it ended the session, or that it is read-only."""
         return last_words(worker)
 
 
-class PostgresManager(ConnectionManager):
+class PostgresManager(ConnectionManager[C], Generic[Row, C]):
     """Opens connections to PostgreSQL for a pool, and makes them ready for their next client.
 
     A refusal that would only be repeated (a wrong password, a database or a role that does not
@@ -199,6 +200,7 @@ class PostgresManager(ConnectionManager):
           that it raises is a failed attempt to connect. Anything but a valid connection string ends
           the opening of a pool at once, as a wrong password does. The keywords have precedence over
           what it returns.
+      connection_class: the class of the connections: `TrioConnection`, or a subclass of your own.
       configure: an async callable that gets each new connection once, before any client does. It
           must leave no transaction open: without ``autocommit=True``, end it with a commit.
       reset: what happens to a connection between two clients. ``"rollback"`` (default) ends a
@@ -206,7 +208,7 @@ class PostgresManager(ConnectionManager):
           new one: it resets everything that ``DISCARD ALL`` discards, the role, and what can be set on
           the connection object, and then configures the connection again. Or an async callable, which
           gets the connection outside a transaction, and must leave it so.
-      connect_keywords: as for `connect`.
+      connect_keywords: as for `connect`, `row_factory` among them.
 
     Raises `TypeError` for an argument of the wrong type, and `ValueError` for a connection string or a
     keyword that libpq would refuse. The message quotes no value, because it may be a password.
@@ -214,12 +216,36 @@ class PostgresManager(ConnectionManager):
 
     _session_class = PostgresSession
 
+    @overload
+    def __init__(
+        self: PostgresManager[R, TrioConnection[R]],
+        conninfo: Conninfo = "",
+        *,
+        row_factory: AsyncRowFactory[R] | None = None,
+        configure: Configure[TrioConnection[R]] | None = None,
+        reset: Reset[TrioConnection[R]] = "rollback",
+        **connect_keywords: Unpack[ConnectKeywords],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: PostgresManager[Any, K],
+        conninfo: Conninfo = "",
+        *,
+        connection_class: type[K],
+        row_factory: AsyncRowFactory[Any] | None = None,
+        configure: Configure[K] | None = None,
+        reset: Reset[K] = "rollback",
+        **connect_keywords: Unpack[ConnectKeywords],
+    ) -> None: ...
+
     def __init__(
         self,
         conninfo: Conninfo = "",
         *,
-        configure: Configure | None = None,
-        reset: Reset = "rollback",
+        connection_class: Any = TrioConnection,
+        configure: Configure[Any] | None = None,
+        reset: Reset[Any] = "rollback",
         **connect_keywords: Any,
     ) -> None:
         if not isinstance(conninfo, str) and not callable(conninfo):
@@ -238,7 +264,11 @@ class PostgresManager(ConnectionManager):
             check_call("reset", reset, "connection")
         # What a callable returns is checked when it has done so; the keywords are known now.
         validate(conninfo if isinstance(conninfo, str) else "", connect_keywords)
+        kind = get_origin(connection_class) or connection_class
+        if not (isinstance(kind, type) and issubclass(kind, TrioConnection)):
+            raise TypeError(f"connection_class must be a TrioConnection, not {connection_class!r}")
         self._conninfo = conninfo
+        self._connection_class = connection_class
         self._configure = configure
         self._reset = reset
         self._keywords: dict[str, Any] = connect_keywords
@@ -249,7 +279,7 @@ class PostgresManager(ConnectionManager):
     def __repr__(self) -> str:
         return "<whitepool.postgres.PostgresManager>"  # the conninfo may hold a password
 
-    async def create(self) -> Connection:
+    async def create(self) -> C:
         """Connect.
 
         Override it to connect in another way, for example with keywords that change. (For a password
@@ -258,7 +288,7 @@ class PostgresManager(ConnectionManager):
         repeated ends the opening of a pool like any other.
         """
         conninfo = await self._ask_for_conninfo()
-        connection: Connection = await TrioConnection.connect(conninfo, **self._keywords)
+        connection: C = await self._connection_class.connect(conninfo, **self._keywords)
         return connection
 
     async def _ask_for_conninfo(self) -> str:
@@ -280,7 +310,7 @@ class PostgresManager(ConnectionManager):
             raise PoolStartError(str(error)) from error
         return answer
 
-    async def _create_ready(self) -> Connection:
+    async def _create_ready(self) -> C:
         """Connect by `create`, whoever wrote it.
 
         Raises `whitepool.PoolStartError` if another attempt could only fail as well, because every host
@@ -293,7 +323,7 @@ class PostgresManager(ConnectionManager):
                 raise PoolStartError(str(error)) from error
             raise
 
-    async def _on_open(self, worker: Connection) -> None:
+    async def _on_open(self, worker: C) -> None:
         """Configure a new connection, whoever opened it.
 
         Raises `whitepool.PoolStartError` if a callable of the user's leaves a transaction open, or is
@@ -306,11 +336,11 @@ class PostgresManager(ConnectionManager):
         except _Misused as error:
             raise PoolStartError(str(error)) from error
 
-    def needs_reset(self, worker: Connection) -> bool:
+    def needs_reset(self, worker: C) -> bool:
         """Return whether the connection has to be reset: with a `reset` beyond a rollback, always."""
         return self._reset != "rollback" or super().needs_reset(worker)
 
-    async def reset(self, worker: Connection) -> None:
+    async def reset(self, worker: C) -> None:
         """Make the connection ready for its next client, as `reset` of the constructor says."""
         if super().needs_reset(worker):
             await super().reset(worker)
@@ -322,7 +352,7 @@ class PostgresManager(ConnectionManager):
             await _call(self._reset, worker, "reset")
             _demand_no_transaction(worker, "reset")
 
-    async def _discard_session(self, worker: Connection) -> None:
+    async def _discard_session(self, worker: C) -> None:
         """Reset the server's side. If PgBouncer may be between, ask in the same message which it is."""
         if 0 < worker.pgconn.backend_pid <= LARGEST_PID:
             await _run(worker, _DISCARD_SESSION)
@@ -330,7 +360,7 @@ class PostgresManager(ConnectionManager):
             *_, answer = await _run(worker, _DISCARD_SESSION + b";" + _WHICH_SESSION)
             self._note_server_session(worker, (answer.get_value(0, 0), answer.get_value(0, 1)))
 
-    def _note_server_session(self, worker: Connection, session: ServerSession) -> None:
+    def _note_server_session(self, worker: C, session: ServerSession) -> None:
         """Say that ``reset="session"`` can't work, if connections turn out to share server sessions.
 
         Behind a PgBouncer in session mode, a connection keeps its session as long as it is open. This
@@ -346,7 +376,7 @@ class PostgresManager(ConnectionManager):
         self._session_of[worker] = session
         self._last_in[session] = worker
 
-    async def _set_up(self, connection: Connection) -> None:
+    async def _set_up(self, connection: C) -> None:
         """Configure a connection that is new, or as good as new.
 
         Its attributes are noted before: what `configure` sets on it, it will set again.
@@ -361,14 +391,14 @@ class PostgresManager(ConnectionManager):
 
 # A bare factory of connections is enough for a pool: it asks their class how to treat them. Set here,
 # because the connection itself knows nothing of pools.
-TrioConnection.__worker_manager__ = ConnectionManager()
+TrioConnection.__worker_manager__ = ConnectionManager[Connection]()
 
 
 class _Misused(psycopg.ProgrammingError):
     """A callable of the user's does what it must not do: trying again would not help."""
 
 
-async def _call(function: Configure, connection: Connection, name: str) -> None:
+async def _call(function: Configure[Any], connection: Connection, name: str) -> None:
     """Call a callable of the user's with a connection for which there is no use unless it succeeds."""
     made: object = function(connection)
     if not inspect.isawaitable(made):

@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
+
+from psycopg.rows import AsyncRowFactory
 
 from .._hooks import Hooks
 from .._options import NO_HOOKS, Strategy
 from .._pool import Pool
-from ._manager import Configure, Connection, Conninfo, PostgresManager, Reset
+from ._connection import TrioConnection
+from ._keywords import Configure, Conninfo, K, PoolKeywords, R, Reset
+from ._manager import PostgresManager
 from ._session import PostgresSession
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The options are listed one by one, so that an editor, `help` and a type checker know them, and that
 # whatever is left is for connecting. Their types and defaults are those of `Options`.
 
 
+@overload
 def open_pool(
     conninfo: Conninfo = "",
     *,
-    configure: Configure | None = None,
-    reset: Reset = "rollback",
+    row_factory: AsyncRowFactory[R] | None = None,
+    configure: Configure[TrioConnection[R]] | None = None,
+    reset: Reset[TrioConnection[R]] = "rollback",
+    **options: Unpack[PoolKeywords],
+) -> AbstractAsyncContextManager[PostgresSession[R]]: ...
+
+
+@overload
+def open_pool(
+    conninfo: Conninfo = "",
+    *,
+    connection_class: type[K],
+    row_factory: AsyncRowFactory[Any] | None = None,
+    configure: Configure[K] | None = None,
+    reset: Reset[K] = "rollback",
+    **options: Unpack[PoolKeywords],
+) -> AbstractAsyncContextManager[PostgresSession[Any, K]]: ...
+
+
+def open_pool(
+    conninfo: Conninfo = "",
+    *,
+    connection_class: Any = TrioConnection,
+    configure: Configure[Any] | None = None,
+    reset: Reset[Any] = "rollback",
     pool_size: int = 5,
     max_overflow: int = 10,
     strategy: Strategy = "lifo",
@@ -42,18 +73,25 @@ def open_pool(
     held_warning: float = math.inf,
     hooks: Hooks = NO_HOOKS,
     **connect_keywords: Any,
-) -> AbstractAsyncContextManager[PostgresSession[Connection]]:
+) -> AbstractAsyncContextManager[Any]:
     """Open a pool of connections to PostgreSQL for the length of an ``async with`` block.
 
     This is `whitepool.open_pool` with a `PostgresManager`, and the block gets a `PostgresSession`.
-    `PostgresManager` explains `conninfo`, `configure`, `reset` and the connect keywords;
-    `whitepool.Pool` explains the options of the pool. Times are in seconds.
+    `PostgresManager` explains the arguments up to `reset`. `options` are those of `whitepool.Pool`,
+    and the keywords of `connect`; times are in seconds. Type checkers know each of them, and the type
+    of the rows: with ``row_factory=dict_row`` the block gets a ``PostgresSession[dict[str, Any]]``.
 
     Wrong arguments raise `TypeError` or `ValueError` here. Entering the block connects. It raises
     `whitepool.PoolStartError` if that has not succeeded within `start_timeout`, and at once if every
     server refuses for a reason that will not go away, such as a wrong password.
     """
-    manager = PostgresManager(conninfo, configure=configure, reset=reset, **connect_keywords)
+    manager: PostgresManager[Any, Any] = PostgresManager(
+        conninfo,
+        connection_class=connection_class,
+        configure=configure,
+        reset=reset,
+        **connect_keywords,
+    )
     pool = Pool(
         manager,
         pool_size=pool_size,
@@ -78,5 +116,4 @@ def open_pool(
         hooks=hooks,
     )
     # `grace` is for `Pool.run_service`, whose clients may be cancelled beside it.
-    opening: AbstractAsyncContextManager[Any] = pool._open(grace=0)
-    return opening
+    return pool._open(grace=0)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic
 
 import psycopg
 import trio
 from psycopg import pq
+from psycopg.rows import Row
 from trio.lowlevel import checkpoint_if_cancelled, enable_ki_protection
 
 from .._entry import Entry, State
 from .._session import Session, _Lease
 from ._cancelling import shielded_cleanup
 from ._connection import TrioConnection
-
-C = TypeVar("C", bound=TrioConnection[Any])
+from ._keywords import C, K
 
 _IDLE = pq.TransactionStatus.IDLE
 _ACTIVE = pq.TransactionStatus.ACTIVE
@@ -24,8 +24,12 @@ _INTRANS = pq.TransactionStatus.INTRANS
 _INERROR = pq.TransactionStatus.INERROR
 
 
-class PostgresSession(Session[C]):
-    """A `whitepool.Session` of a pool of connections to PostgreSQL. It adds `connection`."""
+class PostgresSession(Session[C], Generic[Row, C]):
+    """A `whitepool.Session` of a pool of connections to PostgreSQL. It adds `connection`.
+
+    For type checkers it is ``PostgresSession[Row]``, of the type of the rows; with a connection class of
+    your own, ``PostgresSession[Any, MyConnection]``.
+    """
 
     def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[C]:
         """Check out a connection for an ``async with`` block that commits.
@@ -52,7 +56,7 @@ class PostgresSession(Session[C]):
         return _CommittingLease(self, timeout)
 
 
-class _CommittingLease(_Lease[C]):
+class _CommittingLease(_Lease[K]):
     """`PostgresSession.connection`."""
 
     @enable_ki_protection
@@ -84,7 +88,7 @@ class _CommittingLease(_Lease[C]):
             self._session.checkin(resource)
 
 
-def _check_can_commit(entry: Entry[C]) -> None:
+def _check_can_commit(entry: Entry[Any]) -> None:
     """Raise an error if a commit would lose what was written, or would never end."""
     connection = entry.worker
     if connection.closed:
