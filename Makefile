@@ -4,25 +4,31 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help bench fleet docs demo test test-lowest test-pgbouncer lint types fuzz clean
+.PHONY: help bench fleet docs demo test test-core test-lowest test-pgbouncer lint types fuzz hooks release clean
 
 help:
 	@echo "make demo   the main job, against a PostgreSQL of its own"
 	@echo "make test   the tests, with branch coverage"
+	@echo "make test-core   those that need no PostgreSQL"
 	@echo "make test-lowest   the tests, with the oldest releases that the package allows"
 	@echo "make test-pgbouncer   those that need PgBouncer"
 	@echo "make fuzz   a hundred thousand seeds against a mad server, and Ctrl-C at 25,000 instants: an hour"
-	@echo "make lint   ruff"
+	@echo "make lint   ruff, spelling, and the workflows"
 	@echo "make types  mypy --strict"
 	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"
 	@echo "make fleet  what many pools do to a server that they share: a simulation, in minutes"
 	@echo "make docs   the documentation, in docs/_build; a warning is an error"
+	@echo "make hooks  have git run lint and types before each commit"
+	@echo "make release   check, build and test a release; its commit must have the tag"
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+
+test-core: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not postgres and not pgbouncer"
 
 # PgBouncer is not on PyPI: install it first, with the system's package manager.
 test-pgbouncer: $(VENV)/installed
@@ -36,12 +42,17 @@ fuzz: $(VENV)/installed
 # The oldest releases that the package allows; of psycopg, the oldest binary that the extra allows. The
 # types are those of the newest releases.
 test-lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/lowest.txt
+	.venv-lowest/bin/python -m pip install $(PIP_FLAGS) --requirement tests/lowest.txt
 	.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_typing.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --quiet --offline .github
 
 types: $(VENV)/installed
 	$(BIN)/mypy
@@ -57,16 +68,24 @@ fleet: $(VENV)/installed
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build
 
+hooks: $(VENV)/installed
+	$(BIN)/pre-commit install
+
+release:
+	.ci/release
+
 clean:
 	rm -rf $(VENV) .venv-bench .venv-lowest
 
-EXTRA = dev
-.venv-bench/installed: EXTRA = bench
+GROUP = dev
+.venv-bench/installed: GROUP = bench
 
-# Some distributions ship Python without ensurepip; then their own pip fills the environment.
+# The groups of dependencies need a pip of 2025. Some distributions ship Python without ensurepip; then
+# their own pip installs it.
+PIP_FLAGS = --quiet --disable-pip-version-check
 %/installed: pyproject.toml
 	$(PYTHON) -m venv $* || $(PYTHON) -m venv --without-pip $*
-	if [ -x $*/bin/pip ]; then pip="$*/bin/python -m pip"; \
-	else pip="$(PYTHON) -m pip --python $*/bin/python"; fi; \
-	$$pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	if [ -x $*/bin/pip ]; then $*/bin/python -m pip install $(PIP_FLAGS) 'pip>=25.1'; \
+	else $(PYTHON) -m pip --python $*/bin/python install $(PIP_FLAGS) 'pip>=25.1'; fi
+	$*/bin/python -m pip install $(PIP_FLAGS) --editable . --group $(GROUP)
 	touch $@

@@ -37,7 +37,8 @@ nitpick_ignore_regex = [
     ("py:obj", r"[a-z_]+|False|None|True|__cause__"),
     ("py:.*", r"(collections|contextlib|math|opentelemetry|psycopg|rich|trio|typing)\..*"),
     # Annotations, of names that are private, or that only a type checker knows.
-    ("py:.*", r"(.*\.)?(C|K|R|S|T|P|RV|Row|Self|\w+Keywords|AbstractAsyncContextManager|PoolState|PQGen|Strategy)"),
+    ("py:.*", r"(.*\.)?(C|K|R|S|T|P|RV|Row|Self|\w+Keywords|PoolState|PQGen|Strategy)"),
+    ("py:.*", r"(.*\.)?AbstractAsyncContextManager"),
     (
         "py:class",
         r".*\b(AdaptContext|AsyncRowFactory|ConnParam|Configure|Factory|Hook|Reset|Unpack)\b.*",

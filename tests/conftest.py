@@ -73,3 +73,11 @@ def silent_port() -> Iterator[int]:
     """A host that accepts connections, and never says a word: it is frozen, or its network is."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need PostgreSQL."""
+    for item in items:
+        uses_server = "server" in getattr(item, "fixturenames", ())
+        if uses_server or hasattr(getattr(item, "module", None), "EmbeddedPostgres"):
+            item.add_marker(pytest.mark.postgres)

@@ -10,7 +10,7 @@ import whitepool
 from whitepool._entry import TRANSITIONS, State
 
 PACKAGE = Path(whitepool.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parent.parent
 ROOMS = re.findall(r"^\| `((?:postgres/)?\w+\.py)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
 
 

@@ -27,8 +27,8 @@ _INERROR = pq.TransactionStatus.INERROR
 class PostgresSession(Session[C], Generic[Row, C]):
     """A `whitepool.Session` of a pool of connections to PostgreSQL. It adds `connection`.
 
-    For type checkers it is ``PostgresSession[Row]``, of the type of the rows; with a connection class of
-    your own, ``PostgresSession[Any, MyConnection]``.
+    For type checkers it is ``PostgresSession[Row]``, of the type of the rows; with a connection class
+    of your own, ``PostgresSession[Any, MyConnection]``.
     """
 
     def connection(self, timeout: float | None = None) -> AbstractAsyncContextManager[C]:
