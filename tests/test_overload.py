@@ -38,22 +38,26 @@ async def offer(
     share_of_others: float = 0,
     others: float = math.inf,
     counted_from: float = 0,
+    gives_up: bool = False,
 ) -> Outcome:
     """Offer requests at `load` times the capacity, at random, each with a deadline: a share of them
-    with another one. Those that come before `counted_from` are not counted."""
+    with another one. Those that come before `counted_from` are not counted. A client may give up its
+    work when the deadline has passed."""
     outcome, rng, start = Outcome(), random.Random(7), trio.current_time()
 
     async def request(session: whitepool.Session[Tool], deadline: float) -> None:
         began = trio.current_time()
         try:
             async with session.worker(timeout=deadline):
-                await trio.sleep(SERVICE)
+                await trio.sleep_until(
+                    min(began + deadline if gives_up else math.inf, trio.current_time() + SERVICE)
+                )
         except whitepool.PoolOverloaded:
             end = "overloaded"
         except whitepool.CheckoutTimeout:
             end = "timeouts"
         else:
-            end = "in time" if trio.current_time() - began <= deadline else "late"
+            end = "in time" if trio.current_time() - began < deadline else "late"
         if began >= start + counted_from:
             outcome.counts[end] += 1
             if end == "overloaded":
@@ -88,6 +92,14 @@ async def test_goodput_under_overload(load: float, autojump_clock: Clock) -> Non
     # Shed when a share of 0.4 is used up, but for those that waited when the queue began to grow.
     shed_after = sorted(outcome.shed_after)
     assert shed_after[len(shed_after) // 2] == pytest.approx(0.4 * DEADLINE, abs=0.01)
+
+
+@pytest.mark.parametrize("load", [1.3, 1.5, 2])
+async def test_an_overload_that_clients_hide(load: float, autojump_clock: Clock) -> None:
+    """Clients whose deadline counts for their work, too, return a worker that comes too late at once.
+    So as many are served as come, and the queue does not grow."""
+    outcome = await offer(load, seconds=6, counted_from=2, gives_up=True)
+    assert outcome.counts["in time"] >= 0.9 * CAPACITY * 4
 
 
 @pytest.mark.parametrize(("load", "timeouts"), [(1.5, 6), (3, 3), (10, 2)])
@@ -494,3 +506,42 @@ def test_whether_the_queue_is_full(
 ) -> None:
     """For `max_waiting`, only the tasks count that need a client to return a worker."""
     assert overload.is_queue_full(waiting, max_waiting, obtainable) is expected
+
+
+def serve_all(*waits: float) -> Excess:
+    """Look every half second at a waiter with a timeout of a second, and at a hundred tasks that were
+    served since the last look, and had waited for so long."""
+    excess, total = Excess(), 0.0
+    for number, wait in enumerate(waits, 1):
+        total += 100 * wait
+        now = number / 2
+        look = Look(100 * number, 100 * number, total)
+        excess.count(now, since=0, timeout=1, then=Look(0, 0), look=look)
+    return excess
+
+
+LATE, GOOD, MIDDLING = 0.75, 0.1, 0.5
+
+
+@pytest.mark.parametrize(
+    ("waits", "expected"),
+    [
+        pytest.param([LATE] * 9, True, id="for four timeouts"),
+        pytest.param([LATE] * 8, False, id="for less"),
+        pytest.param([LATE] * 8 + [MIDDLING, LATE], False, id="with an interruption"),
+        pytest.param([LATE] * 9 + [MIDDLING], True, id="and then not quite in good time"),
+        pytest.param([LATE] * 9 + [GOOD], False, id="and then in good time"),
+        pytest.param([MIDDLING] * 20, False, id="never"),
+    ],
+)
+def test_whether_tasks_are_served_late(waits: list[float], expected: bool) -> None:
+    """As many are served as join, so there is no excess."""
+    excess = serve_all(*waits)
+    assert excess.tasks == 0
+    assert excess.is_lasting(1) is expected
+
+
+def test_tasks_are_not_late_after_a_while_without_any() -> None:
+    excess = serve_all(*[LATE] * 9)
+    excess.count(9, since=8, timeout=1, then=Look(900, 900), look=Look(901, 901, 1e6))
+    assert not excess.is_lasting(1)

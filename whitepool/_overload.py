@@ -17,10 +17,15 @@ long the queue would be if no task ever left it. A burst, or a minute of bad luc
 more than can be served in twice a waiter's timeout; a lasting overload gets there sooner or later, and
 stays. Then, and until the excess has drained, waiters are shed. (It is a leaky bucket; in statistics, a
 cumulative sum: Page, "Continuous Inspection Schemes", 1954.)
+
+An overload can hide from that count. Where clients give up their work when its own deadline has passed,
+and get their workers just before it, they return them at once: as many are served as join, to no use.
+So it is an overload, too, if for several timeouts those that are served have waited for most of theirs.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 TIMEOUTS = 2
@@ -32,6 +37,12 @@ MEMORY = 10
 LEAK = 0.5
 """While no task waits for long, the excess drains at this share of the rate at which tasks were served.
 Some of that time, workers are idle, and some not: the queue can't tell."""
+LATE = 0.7
+"""Tasks are served late if they have waited, on average, for more than this share of a timeout."""
+LATE_FOR = 4
+"""For so many timeouts tasks have been served late when that is an overload."""
+CALM = 0.2
+"""It is over when tasks are served that have waited for less than this share of a timeout."""
 STALL = 0.75
 """It is a stall, and no overload, if no task was served for this share of a timeout."""
 
@@ -43,17 +54,28 @@ class Look(NamedTuple):
     """How many tasks had ever joined the queue."""
     served: int
     """How many of them had been served."""
+    wait_time: float = 0.0
+    """Seconds for which those had waited, in all. Not known of the time when a waiter joined."""
 
 
 class Excess:
-    """How many more tasks have joined than were served, and how fast they are served.
+    """How many more tasks have joined than were served, how fast they are served, and how late.
 
     The wait queue calls `count` at each look. The waiter that it looks at tells about the time since it
     joined: the queue was never empty in it. Of the time before, back to the last look, nothing is known
     but that no task waited for long. This way, joining and serving cost nothing more.
     """
 
-    __slots__ = ("_longest", "_seconds", "_seen", "_served", "_until", "tasks")
+    __slots__ = (
+        "_is_late",
+        "_late_since",
+        "_longest",
+        "_seconds",
+        "_seen",
+        "_served",
+        "_until",
+        "tasks",
+    )
 
     def __init__(self) -> None:
         self.tasks = 0.0
@@ -64,6 +86,8 @@ class Excess:
         self._until = 0.0  # the time of the last look
         self._seen = Look(0, 0)
         self._longest = 0.0  # the longest timeout of a waiter since there has been an excess
+        self._late_since = math.inf  # since when tasks are served late
+        self._is_late = False  # whether that has lasted, until they are served in good time again
 
     def count(self, now: float, since: float, timeout: float, then: Look, look: Look) -> None:
         """Count what has happened up to a `look`; `then` is what there was when the waiter joined."""
@@ -71,8 +95,12 @@ class Excess:
             if self._seconds:
                 idle = since - self._until
                 self.tasks = max(0.0, self.tasks - LEAK * idle * self._served / self._seconds)
-            self._until, self._seen = since, then
+            self._until, self._seen = since, then._replace(wait_time=look.wait_time)
+            self._late_since, self._is_late = math.inf, False
         served = look.served - self._seen.served
+        if served:
+            wait_time = (look.wait_time - self._seen.wait_time) / served
+            self._note_wait(wait_time / max(timeout, self._longest), now, timeout)
         self.tasks += look.joined - self._seen.joined - served
         self._served += served
         self._seconds += now - self._until
@@ -89,9 +117,17 @@ class Excess:
             # An hour of overload is forgotten as soon as a minute of it.
             self.tasks = min(self.tasks, 2 * self._bound(self._longest))
 
+    def _note_wait(self, share: float, now: float, timeout: float) -> None:
+        """Note for which share of a timeout the tasks that are served have waited."""
+        if share > LATE:
+            self._late_since = min(self._late_since, now)
+            self._is_late = self._is_late or now - self._late_since >= LATE_FOR * timeout
+        elif share < CALM or not self._is_late:
+            self._late_since, self._is_late = math.inf, False
+
     def is_lasting(self, timeout: float) -> bool:
-        """Say whether the excess is too great to be chance, for a waiter with this timeout."""
-        return self._seconds > 0 and self.tasks > self._bound(timeout)
+        """Say whether this is no chance, for a waiter with this timeout."""
+        return self._is_late or (self._seconds > 0 and self.tasks > self._bound(timeout))
 
     def _bound(self, timeout: float) -> float:
         return FEW + TIMEOUTS * timeout * self._served / self._seconds

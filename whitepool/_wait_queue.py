@@ -208,7 +208,7 @@ class WaitQueue(Generic[E]):
         if now >= ends:
             self.fail(waiter, self._make_timeout(waiter.task, waiter.timeout))
             return
-        look = overload.Look(self._joined, self.served)
+        look = overload.Look(self._joined, self.served, self.wait_time)
         joining = overload.Look(number, waiter.served_before)
         self._excess.count(now, waiter.since, waiter.timeout, joining, look)
         # At the first look, some that were served in the period may have waited for a moment only.
