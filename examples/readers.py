@@ -15,7 +15,7 @@ import trio
 import whitepool
 import whitepool.postgres
 
-Session = whitepool.postgres.PostgresSession[whitepool.postgres.TrioConnection[Any]]
+Session = whitepool.postgres.PostgresSession[Any]
 
 PATIENCE = 1.0
 """Seconds that a client waits for a replica to catch up, before it reads from the primary."""

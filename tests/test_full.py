@@ -408,7 +408,6 @@ def test_a_fleet_that_is_saturated_shares(seed: int) -> None:
 
             sessions: list[whitepool.Session[Any]] = []
             all_served: list[list[float]] = [[] for _ in range(8)]
-            nursery.start_soon(server.run)
             for number in range(8):
                 nursery.start_soon(process, number)
             await trio.sleep(30)

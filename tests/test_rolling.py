@@ -18,7 +18,6 @@ from program import Errors, everything_was_closed, open_database, run_example
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-PROCESSES = 4
 POOL_SIZE = 2
 """Of each process; the service allows for as much overflow."""
 CLIENTS = 8
@@ -147,15 +146,17 @@ async def make_role(onlooker: Connection, limit: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "limit",
+    ("processes", "limit"),
     [
-        pytest.param(-1, id="a server with places enough"),
-        # As docs/howto/sizing.md has it: those of all processes, and of the one that is new.
-        pytest.param((PROCESSES + 1) * POOL_SIZE, id="a server with no place for overflow"),
+        pytest.param(4, -1, id="a server with places enough"),
+        # As docs/howto/sizing.md has it: those of all processes and of the one that is new, with overflow.
+        pytest.param(2, (2 + 1) * 2 * POOL_SIZE, id="a server with no place to spare"),
     ],
 )
-async def test_it_loses_no_request(limit: int, server: EmbeddedPostgres, tmp_path: Path) -> None:
-    """Four processes drain one by one, while four start. Their clients never repeat a request."""
+async def test_it_loses_no_request(
+    processes: int, limit: int, server: EmbeddedPostgres, tmp_path: Path
+) -> None:
+    """Old processes drain one by one, while new ones start. Their clients never repeat a request."""
     peak = 0
 
     async def watch_connections(onlooker: Connection, role: str) -> None:
@@ -180,7 +181,7 @@ async def test_it_loses_no_request(limit: int, server: EmbeddedPostgres, tmp_pat
                     process = run_process(dsn, balancer, errors)
                     return await running.enter_async_context(process), errors
 
-                old = [await start(number) for number in range(PROCESSES)]
+                old = [await start(number) for number in range(processes)]
                 await onlooker.execute(
                     "INSERT INTO account (owner, balance) VALUES ('Ada', 1000000), ('Bo', 1000000)"
                 )
@@ -188,17 +189,17 @@ async def test_it_loses_no_request(limit: int, server: EmbeddedPostgres, tmp_pat
                 nursery.start_soon(clients.run)
                 await clients.make(100)
                 new = []
-                for number, (process, _) in enumerate(old, PROCESSES):
+                for number, (process, _) in enumerate(old, processes):
                     new.append(await start(number))
                     process.send_signal(SIGTERM)
                     await clients.make(20)
                     assert await process.wait() == 0
                 await clients.make(100)
-                assert len(balancer.ready) == PROCESSES
+                assert len(balancer.ready) == processes
                 await clients.stop()
                 nursery.cancel_scope.cancel()
             assert clients.lost == []
-            assert peak <= (PROCESSES + 1) * 2 * POOL_SIZE
+            assert peak <= (processes + 1) * 2 * POOL_SIZE
             cursor = await onlooker.execute("SELECT id::text FROM transfer ORDER BY id")
             assert [row[0] for row in await cursor.fetchall()] == sorted(clients.made)
             await everything_was_closed(onlooker)

@@ -19,7 +19,7 @@ from timing import until
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import PostgresSession, TrioConnection, open_pool
+from whitepool.postgres import PostgresSession, open_pool
 
 POOLS = 4
 POOL_SIZE = 3
@@ -29,7 +29,7 @@ CLIENTS = 2
 DEADLINE = 3.0
 """Seconds that a client has for one write."""
 
-Session = PostgresSession[TrioConnection[Any]]
+Session = PostgresSession[Any]
 
 
 class Old:

@@ -388,6 +388,7 @@ async def connect(
     **kwargs: Unpack[LibpqKeywords],
 ) -> TrioConnection[R]:
     """Connect to a server: `TrioConnection.connect`, as a function."""
+    warn_if_cancelling_freezes(pq.PGconn.__module__)  # here, too, as it names the line that called it
     return await TrioConnection[R].connect(
         conninfo,
         autocommit=autocommit,
