@@ -8,8 +8,10 @@ Runs against DATABASE_URL, or a PostgreSQL of its own.
 from __future__ import annotations
 
 import os
+import random
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import trio
@@ -19,6 +21,7 @@ import whitepool.postgres
 
 Connection = whitepool.postgres.TrioConnection[Any]
 Session = whitepool.postgres.PostgresSession[Any]
+T = TypeVar("T")
 
 
 async def balance(session: Session) -> int:
@@ -33,15 +36,36 @@ async def add(connection: Connection, amount: int) -> None:
     await connection.execute("INSERT INTO entry VALUES (%s)", (amount,))
 
 
-async def repeat_on_conflict(session: Session, attempts: int = 20) -> None:
-    """Double the balance, serializable: where two do so at once, one of them has to repeat it."""
-    for _ in range(attempts):
-        with suppress(psycopg.errors.SerializationFailure):
-            async with session.connection() as connection:
+CONFLICTS = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
+
+
+async def transact(
+    session: Session, work: Callable[[Connection], Awaitable[T]], attempts: int = 20
+) -> T:
+    """Run `work` in a serializable transaction, and repeat it after a conflict with another one.
+
+    Between two attempts this task waits, without a connection, and at random up to 10 ms, 20 ms, 40 ms
+    and so on to a second. Raises the conflict if the task's deadline would come before the next
+    attempt, or after the last one.
+    """
+    attempt = 1
+    while True:
+        try:
+            async with session.connection() as connection, connection.transaction():
                 await connection.execute("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE")
-                await connection.execute("INSERT INTO entry SELECT sum(amount) FROM entry")
-            return
-    raise RuntimeError("the others were always quicker")
+                return await work(connection)
+        except CONFLICTS:
+            pause = random.uniform(0, min(1, 0.005 * 2**attempt))
+            is_too_late = trio.current_time() + pause >= trio.current_effective_deadline()
+            if is_too_late or attempt == attempts:
+                raise
+        await trio.sleep(pause)
+        attempt += 1
+
+
+async def double(connection: Connection) -> None:
+    """Double the balance. Of two transactions that do so at the same time, one has to be repeated."""
+    await connection.execute("INSERT INTO entry SELECT sum(amount) FROM entry")
 
 
 async def main(dsn: str) -> None:
@@ -74,7 +98,7 @@ async def main(dsn: str) -> None:
 
         async with trio.open_nursery() as nursery:
             for _ in range(4):
-                nursery.start_soon(repeat_on_conflict, session)
+                nursery.start_soon(transact, session, double)
         print("doubled four times, one after the other:", await balance(session))
 
         async with session.connection() as connection:

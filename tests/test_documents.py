@@ -202,7 +202,9 @@ async def run_as_tests(page: Path, found: list[Block], folder: Path) -> int:
         lines += [""] * (block.line - 1 - len(lines)) + block.source.splitlines()
     module = folder / f"test_{page.stem}.py"
     module.write_text("\n".join(lines) + "\n")
-    (folder / "pytest.ini").write_text("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
+    # What a page tells its readers to copy from there.
+    copied = f"pythonpath = {ROOT / 'examples'}\n"
+    (folder / "pytest.ini").write_text("[pytest]\ntrio_mode = true\nfilterwarnings = error\n" + copied)
     options = "-q -p no:cacheprovider -p pytest_trio.plugin"
     result = await trio.run_process(
         [sys.executable, "-m", "pytest", *options.split(), str(module)],

@@ -105,6 +105,14 @@ def test_the_conventions() -> None:
     assert {name: kind for name, kind in found.items() if not name.startswith("db.")} == {
         "whitepool.waited": ("create_counter", "{checkout}"),
         "whitepool.wait_time": ("create_counter", "s"),
+        "whitepool.overloads": ("create_counter", "{checkout}"),
+        "whitepool.started": ("create_counter", "{worker}"),
+        "whitepool.start_failures": ("create_counter", "{attempt}"),
+        "whitepool.retired": ("create_counter", "{worker}"),
+        "whitepool.lost": ("create_counter", "{worker}"),
+        "whitepool.destroyed": ("create_counter", "{worker}"),
+        "whitepool.leaked": ("create_counter", "{worker}"),
+        "whitepool.discarded": ("create_counter", "{checkout}"),
         "whitepool.longest_use": ("create_gauge", "s"),
         "whitepool.down": ("create_gauge", "1"),
     }
@@ -257,7 +265,25 @@ async def test_an_overload_is_a_timeout(board: Board) -> None:
         async with session.worker():
             with pytest.raises(whitepool.PoolOverloaded):
                 await session.block_checkout()
-        assert board.number("timeouts") == 1
+        assert board.number("timeouts") == board.number("whitepool.overloads") == 1
+
+
+async def test_the_other_counters(board: Board, autojump_clock: MockClock) -> None:
+    """They are those of the statistics: what was opened, what could not be, and why a worker left."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, name="mine", pool_size=1) as session:
+        telemetry.instrument(session, meter_provider=board.provider)
+        for attempts in 1, 2:
+            shop.before_open = raising(OSError("no"))
+            session.destroyed(await session.block_checkout())
+            await trio.sleep(attempts)
+            shop.before_open = nothing
+            await trio.sleep(5)
+        now = session.statistics()
+        assert (now.started, now.destroyed, now.lost) == (3, 2, 0) and now.start_failures > 2
+        for name in whitepool._statistics.COUNTERS:
+            if name not in ("checkouts", "timeouts"):
+                assert board.number("whitepool." + name) == getattr(now, name), name
 
 
 async def test_a_hook_that_fails(board: Board) -> None:
@@ -514,7 +540,7 @@ def test_the_global_provider() -> None:
     # The start of the first came before there was a meter provider.
     missing = ["db.client.connection.create_time after explicit"]
     assert [line for line in output if not line.endswith(" after before explicit")] == missing
-    assert len(output) == 13
+    assert len(output) == 21
 
 
 async def scrape(port: int) -> dict[str, float]:

@@ -59,6 +59,14 @@ OWN_PREFIX = "whitepool."
 OWN_COUNTERS = {
     "waited": ("{checkout}", "The number of checkouts that had to wait, and got a worker."),
     "wait_time": ("s", "The time for which those have waited, in all."),
+    "overloads": ("{checkout}", "The number of timeouts that came early, as the wait queue grew."),
+    "started": ("{worker}", "The number of workers that were opened."),
+    "start_failures": ("{attempt}", "The number of attempts to open a worker that failed."),
+    "retired": ("{worker}", "The number of workers that were closed in good health."),
+    "lost": ("{worker}", "The number of workers that died."),
+    "destroyed": ("{worker}", "The number of workers that were called broken, or could not be reset."),
+    "leaked": ("{worker}", "The number of workers whose resource was never returned."),
+    "discarded": ("{checkout}", "The number of checkouts whose writes were not committed."),
 }
 OWN_GAUGES = {
     "longest_use": ("s", "The time for which the worker is out that was checked out first."),
@@ -173,8 +181,7 @@ def _numbers(supervisor: Supervisor[Any]) -> dict[str, dict[str, float]]:
                 PREFIX + "max": {"": roster.limit},
                 PREFIX + "pending_requests": {"": now.waiting},
                 PREFIX + "timeouts": {"": now.timeouts + now.overloads},
-                OWN_PREFIX + "waited": {"": now.waited},
-                OWN_PREFIX + "wait_time": {"": now.wait_time},
+                **{OWN_PREFIX + name: {"": getattr(now, name)} for name in OWN_COUNTERS},
                 OWN_PREFIX + "longest_use": {"": now.longest_use},
                 OWN_PREFIX + "down": {"": int(now.state == "down")},
             }
