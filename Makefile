@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help bench fleet docs demo test test-core test-lowest test-pgbouncer lint types fuzz hooks release clean
+.PHONY: help bench fleet docs check-docs linkcheck inventories demo recording test test-core test-lowest test-pgbouncer lint types fuzz hooks release clean
 
 help:
-	@echo "make demo   the main job, against a PostgreSQL of its own"
+	@echo "make demo   the main job, against a PostgreSQL of its own
 	@echo "make test   the tests, with branch coverage"
 	@echo "make test-core   those that need no PostgreSQL"
 	@echo "make test-lowest   the tests, with the oldest releases that the package allows"
@@ -18,17 +18,24 @@ help:
 	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"
 	@echo "make fleet  what many pools do to a server that they share: a simulation, in minutes"
 	@echo "make docs   the documentation, in docs/_build; a warning is an error"
+	@echo "make check-docs   the same, looked at in a browser; it needs Chromium"
+	@echo "make linkcheck   whether the pages that it links to are there; it needs the network"
+	@echo "make inventories   fetch what other projects' pages are called; it needs the network"
+	@echo "make recording   what make demo shows, as a picture: docs/pictures/demo.svg"
 	@echo "make hooks  have git run lint and types before each commit"
 	@echo "make release   check, build and test a release; its commit must have the tag"
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/quickstart.py
 
+recording: $(VENV)/installed
+	$(BIN)/python docs/recording.py
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 test-core: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not postgres and not pgbouncer"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not postgres and not pgbouncer and not browser"
 
 # PgBouncer is not on PyPI: install it first, with the system's package manager.
 test-pgbouncer: $(VENV)/installed
@@ -52,6 +59,7 @@ lint: $(VENV)/installed
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.readthedocs .readthedocs.yaml
 	$(BIN)/zizmor --quiet --offline .github
 
 types: $(VENV)/installed
@@ -67,6 +75,16 @@ fleet: $(VENV)/installed
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build
+
+# Chromium is not on PyPI: install it first, with the system's package manager.
+check-docs: docs
+	$(BIN)/python -m pytest -q -n 2 -m browser tests/test_pages.py
+
+linkcheck: $(VENV)/installed
+	$(BIN)/sphinx-build --builder linkcheck --quiet docs docs/_build/links
+
+inventories: $(VENV)/installed
+	$(BIN)/python docs/inventories.py
 
 hooks: $(VENV)/installed
 	$(BIN)/pre-commit install

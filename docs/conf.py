@@ -1,4 +1,4 @@
-"""Sphinx, for `make docs`. It needs no network: there are no references into other projects' pages."""
+"""Sphinx, for `make docs`. It needs no network: other projects' pages are in inventories."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ author = "the whitepool authors"
 release = version = whitepool.__version__
 exclude_patterns = ["_build"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 myst_heading_anchors = 3
 
 html_theme = "furo"
-html_title = "whitepool"
+html_title = f"whitepool {version}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_show_sphinx = False
 html_copy_source = False
 html_show_copyright = False
@@ -31,11 +39,22 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True}
 
+# `make inventories` writes these; docs/inventories.py says what is in them.
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", "inventories/python.inv"),
+    "trio": ("https://trio.readthedocs.io/en/stable", "inventories/trio.inv"),
+    "psycopg": ("https://www.psycopg.org/psycopg3/docs", "inventories/psycopg.inv"),
+}
+
+# Addresses in examples.
+linkcheck_ignore = [r"https?://(127\.0\.0\.1|localhost|example\.)"]
+
 # What is named so is a parameter, an option, or another project's: there is no page to lead to.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", r"[a-z_]+|False|None|True|__cause__"),
-    ("py:.*", r"(collections|contextlib|math|opentelemetry|psycopg|rich|trio|typing)\..*"),
+    ("py:.*", r"(opentelemetry|rich)\..*"),
+    ("py:obj", r"psycopg\.errors\.\w+SqlTransaction"),  # in a table there, without an address
     # Annotations, of names that are private, or that only a type checker knows.
     ("py:.*", r"(.*\.)?(C|K|R|S|T|P|RV|Row|Self|\w+Keywords|PoolState|PQGen|Strategy)"),
     ("py:.*", r"(.*\.)?AbstractAsyncContextManager"),
@@ -59,6 +78,7 @@ for _name in [name for name in sys.modules if name.startswith("whitepool._")]:
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", read_google_style)
+    app.connect("viewcode-follow-imported", room_of)
 
 
 def read_google_style(
@@ -68,3 +88,12 @@ def read_google_style(
     colon for a type."""
     if what != "attribute":
         lines[:] = GoogleDocstring(lines).lines()
+
+
+def room_of(app: Sphinx, module: str, name: str) -> str | None:
+    """Return the module that has the source of a public thing, or of an attribute of it."""
+    public = name.partition(".")[0]
+    for room in [room for room in sys.modules if room.startswith(f"{module}._")]:
+        if public in ModuleAnalyzer.for_module(room).find_tags():
+            return room
+    return None

@@ -11,6 +11,9 @@ server. They may await at their top level. What a reader need not see stands in 
 program, and runs in a thread of its own. One that begins with the name of a file, as a comment, is put
 into that file; a later block must have it run (`Page.launch`, `Page.finish`). A page that defines tests
 is a test module, and pytest runs it.
+
+A block of ``pytb`` is how the block of Python before it ends: with this error, as it is printed. ``…``
+is any text.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import re
 import shlex
 import subprocess
 import sys
+import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
@@ -47,7 +52,20 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
-LANGUAGES = {"python", "sh", "console", "sql", "toml", "ini", "text", "json", "yaml", "erlang", "rust"}
+LANGUAGES = {
+    "python",
+    "sh",
+    "console",
+    "sql",
+    "toml",
+    "ini",
+    "text",
+    "pytb",
+    "json",
+    "yaml",
+    "erlang",
+    "rust",
+}
 HOSTS = {"db", "db1", "db2", "pgbouncer"}
 """Names under which the documents know the embedded server."""
 
@@ -58,6 +76,8 @@ class Block(NamedTuple):
     language: str
     line: int
     source: str
+    error: str = ""
+    """How it must end."""
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -71,7 +91,8 @@ def blocks(page: Path) -> Iterator[Block]:
             line = text.count("\n", 0, found.start("source")) + 1
             indent = len(found.groupdict().get("indent") or "")
             source = "".join(row[indent:] or "\n" for row in found["source"].splitlines(keepends=True))
-            yield Block(found["language"], line, source)
+            error = re.match(r"\n+```pytb\n(.*?)^```$", text[found.end() :], re.MULTILINE | re.DOTALL)
+            yield Block(found["language"], line, source, error[1] if error else "")
 
 
 def python_blocks(page: Path) -> list[Block]:
@@ -81,7 +102,7 @@ def python_blocks(page: Path) -> list[Block]:
 
 def count(page: Path) -> int:
     """Count the blocks of Python, in another way than they are found."""
-    begins = re.compile(r"`{3,}\W*(py|code.*py)|<!-- *invisible.*py")
+    begins = re.compile(r"`{3,}\W*(py(?!tb)|code.*py)|<!-- *invisible.*py")
     return sum(bool(begins.match(line.strip())) for line in page.read_text().splitlines())
 
 
@@ -116,6 +137,8 @@ def reachable(
 async def test_python(page: Path, reachable: dict[str, str], tmp_path: Path) -> None:
     """Every block of Python runs, and none is skipped."""
     found = python_blocks(page)
+    errors = sum(block.language == "pytb" for block in blocks(page))
+    assert errors == sum(bool(block.error) for block in found), "each belongs to a block of Python"
     if any(re.search(r"^(async )?def test_", block.source, re.MULTILINE) for block in found):
         executed = await run_as_tests(page, found, tmp_path)
     else:
@@ -157,17 +180,35 @@ class Page:
                 if file := re.match(r"# (\w+\.py)\n", block.source):
                     (self.folder / file[1]).write_text(block.source)
                     self.files.add(file[1])
+                elif block.error:
+                    await self.fail(block, namespace)
+                    self.executed += 1
                 else:
                     await self.execute(block, namespace)
                     self.executed += 1
         return self.executed
+
+    async def fail(self, block: Block, namespace: dict[str, Any]) -> None:
+        """Execute a block that ends with an error."""
+        try:
+            await self.execute(block, namespace)
+        except Exception as raised:
+            error: Any = raised
+            while len(getattr(error, "exceptions", ())) == 1:  # a nursery's group
+                (error,) = error.exceptions
+            *_, printed = traceback.format_exception_only(error)
+        else:
+            printed = "nothing was raised"
+        expected = ".*".join(map(re.escape, " ".join(block.error.split()).split("…")))
+        where = f"{self.path}:{block.line}: {printed}"
+        assert re.fullmatch(expected, " ".join(printed.split())), where
 
     async def execute(self, block: Block, namespace: dict[str, Any]) -> None:
         # With empty lines before it, a traceback has the page's line.
         source = "\n" * (block.line - 1) + block.source
         flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         code = compile(source, str(self.path), "exec", flags=flags, dont_inherit=True)
-        if "trio.run(" in block.source:
+        if re.search(r"\b(trio|asyncio)\.run\(", block.source):
             await trio.to_thread.run_sync(partial(exec, code, namespace))
         elif code.co_flags & inspect.CO_COROUTINE:
             await eval(code, namespace)
@@ -266,8 +307,24 @@ def test_names(page: Path) -> None:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{page}: {file}::{test}"
     for named in re.findall(r"`((?:postgres/|tests/|examples/|whitepool/)?\w+\.py)`", text):
         assert exists(page, named), f"{page}: {named}"
-    for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text):
-        assert (page.parent / target).exists(), f"{page}: {target}"
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)", text):
+        led_to = page.parent / target if target else page
+        assert led_to.exists(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(led_to), f"{page}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what a link into a page may name: its headings, as they are spelt in addresses."""
+    text = page.read_text()
+    for included in re.findall(r"^```{include} (\S+)$", text, re.MULTILINE):
+        text += (page.parent / included).read_text()
+    names = set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
+    found: Counter[str] = Counter()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        name = re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+        names.add(f"{name}-{found[name]}" if found[name] else name)
+        found[name] += 1
+    return names
 
 
 def test_the_map_of_the_rooms_is_complete() -> None:
