@@ -149,7 +149,7 @@ async def make_role(onlooker: Connection, limit: int) -> str:
     ("processes", "limit"),
     [
         pytest.param(4, -1, id="a server with places enough"),
-        # As docs/howto/sizing.md has it: those of all processes and of the one that is new, with overflow.
+        # As docs/howto/sizing.md has it: all processes and the one that is new, with their overflow.
         pytest.param(2, (2 + 1) * 2 * POOL_SIZE, id="a server with no place to spare"),
     ],
 )

@@ -190,6 +190,32 @@ async def test_a_block_is_entered_once() -> None:
         assert session.statistics().in_use == 0
 
 
+async def test_two_tasks_that_enter_the_same_block(autojump_clock: MockClock) -> None:
+    """The second one gets an error when it gets its worker, which goes back at once."""
+    async with open_checked_pool(Workshop().make, pool_size=2, max_overflow=0) as session:
+        block = session.worker()
+        errors = []
+
+        async def enter() -> None:
+            try:
+                async with block:
+                    await trio.sleep(1)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        first, second = await session.block_checkout(), await session.block_checkout()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(enter)
+            nursery.start_soon(enter)
+            await wait_all_tasks_blocked()
+            session.checkin(first)
+            session.checkin(second)
+            await wait_all_tasks_blocked()
+            assert errors == ["this block has been entered already: call worker() for each block"]
+            assert session.statistics().in_use == 1
+        assert session.statistics().idle == 2
+
+
 # -- When opening the pool returns ---------------------------------------------------------------------
 
 

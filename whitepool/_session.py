@@ -445,6 +445,9 @@ def _origin(resource: Resource[Any]) -> str:
     return "unknown: trace it with python -X tracemalloc=10"
 
 
+_ENTERED = "this block has been entered already: call worker() for each block"
+
+
 class _Lease(AbstractAsyncContextManager[T], Holder[T]):
     """`Session.worker`. A class, because a generator would cost twice as much."""
 
@@ -459,8 +462,12 @@ class _Lease(AbstractAsyncContextManager[T], Holder[T]):
     @enable_ki_protection
     async def __aenter__(self) -> T:
         if self._resource is not None:
-            raise RuntimeError("this block has been entered already: call worker() for each block")
-        self._resource = resource = await self._session.block_checkout(self._timeout)
+            raise RuntimeError(_ENTERED)
+        resource = await self._session.block_checkout(self._timeout)
+        if self._resource is not None:  # by another task, meanwhile
+            self._session.checkin(resource)
+            raise RuntimeError(_ENTERED)
+        self._resource = resource
         # Not `get`, which raises if the worker has crashed since: then the block would not be entered,
         # and its worker not be returned.
         return resource._checked_out().worker
