@@ -4,15 +4,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help bench fleet docs check-docs linkcheck inventories demo recording test test-core test-lowest test-pgbouncer lint types fuzz hooks release clean
+.PHONY: help bench fleet docs check-docs linkcheck inventories demo recording test test-core test-lowest \
+	test-pgbouncer mutants lint types fuzz hooks release clean
 
 help:
-	@echo "make demo   the main job, against a PostgreSQL of its own
+	@echo "make demo   the main job, against a PostgreSQL of its own"
 	@echo "make test   the tests, with branch coverage"
 	@echo "make test-core   those that need no PostgreSQL"
 	@echo "make test-lowest   the tests, with the oldest releases that the package allows"
 	@echo "make test-pgbouncer   those that need PgBouncer"
 	@echo "make fuzz   a hundred thousand seeds against a mad server, and Ctrl-C at 25,000 instants: an hour"
+	@echo "make mutants   break the core in 300 small ways, and see whether a test goes red: four minutes"
 	@echo "make lint   ruff, spelling, and the workflows"
 	@echo "make types  mypy --strict"
 	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"
@@ -45,6 +47,10 @@ test-pgbouncer: $(VENV)/installed
 fuzz: $(VENV)/installed
 	FUZZ_SEEDS=$${FUZZ_SEEDS:-100000} CTRL_C_INSTANTS=$${CTRL_C_INSTANTS:-2000} \
 	$(BIN)/python -m pytest -q -n 2 tests/postgres/test_fuzz.py tests/postgres/test_ctrl_c.py
+
+# Every one of them: make mutants ARGS=--all. Those of one room: make mutants ARGS='--only _sizing'
+mutants: $(VENV)/installed
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # The oldest releases that the package allows; of psycopg, the oldest binary that the extra allows. The
 # types are those of the newest releases.

@@ -107,6 +107,15 @@ def test_the_last_error_is_kept() -> None:
     assert backoff.failures == 1
 
 
+@pytest.mark.parametrize(("later", "is_told"), [(34.9, True), (35, True), (35.1, False)])
+def test_how_long_a_failure_is_the_reason(later: float, is_told: bool) -> None:
+    """Until a start that began after the pause has had its time, `start_timeout`, to succeed."""
+    backoff = Backoff()
+    error = OSError()
+    backoff.failed(error, begun=0, now=1)
+    assert (backoff.recent_error(1 + later, start_timeout=30) is error) is is_told
+
+
 @pytest.mark.parametrize(
     ("begun", "failures"),
     [(0.9, 1), (1, 2), (1.1, 2)],

@@ -65,6 +65,26 @@ async def test_each_checkout_of_an_idle_worker_asks_it(autojump_clock: MockClock
         assert (now.checkouts, now.waited, now.wait_time) == (4, 4, 0)
 
 
+async def test_a_failed_start_refuses_no_task_that_gets_an_idle_worker(
+    autojump_clock: MockClock,
+) -> None:
+    """Nor one that has come in that instant: the worker may be idle yet, and not be asked. (Chance.)"""
+    for _ in range(15):
+        manager, gate = Asked(), trio.Event()
+
+        async def open_one(attempt: int, gate: trio.Event = gate) -> None:
+            if attempt > 1:
+                await gate.wait()
+                raise OSError("too many connections")
+
+        manager.shop.before_open = open_one
+        async with open_checked_pool(manager, pool_size=2, min_ready=1, check_interval=0) as session:
+            await wait_all_tasks_blocked()
+            assert session.statistics().idle == session.statistics().starting == 1
+            gate.set()
+            session.checkin(await session.nonblock_checkout())
+
+
 @pytest.mark.parametrize(("strategy", "expected"), [("lifo", [3, 3, 3]), ("fifo", [1, 2, 3])])
 async def test_the_strategy_chooses(
     strategy: str, expected: list[int], autojump_clock: MockClock

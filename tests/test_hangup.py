@@ -371,6 +371,42 @@ async def test_a_stream_whose_peer_closes_is_replaced(nursery: trio.Nursery) -> 
         check_books(session)
 
 
+@pytest.mark.parametrize("is_in_use", [False, True])
+async def test_a_hang_up_is_logged(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture, is_in_use: bool
+) -> None:
+    """With its reason, at once where the worker is idle, else when its client returns it."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=1, max_overflow=0) as session:
+        while not exchange.peers:
+            await trio.sleep(0.001)
+        if is_in_use:
+            async with session.worker() as stream:
+                await exchange.peers[0].aclose()
+                assert await stream.receive_some() == b""
+                assert not caplog.records
+        else:
+            await exchange.peers[0].aclose()
+        await until_started(session, 2)
+    told = [(record.__dict__["event"], record.__dict__.get("reason")) for record in caplog.records]
+    assert told == [("worker_lost", "hung_up")]
+
+
+async def test_a_checkin_looks_whether_the_peer_has_hung_up(nursery: trio.Nursery) -> None:
+    """Before the watch, which is a task, has had its turn: the next client must not get the worker."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=1, max_overflow=0) as session:
+        resource = await session.block_checkout()
+        while not exchange.peers:
+            await trio.sleep(0.001)
+        await trio.sleep(0.01)
+        exchange.peers[0].socket.close()
+        session.checkin(resource)
+        assert (session.statistics().lost, session.statistics().idle) == (1, 0)
+
+
 async def test_a_stream_that_is_closed_by_its_client_is_lost_once(nursery: trio.Nursery) -> None:
     """Where a client breaks its worker, and says so, the watch does not count it again."""
     exchange = Exchange()

@@ -71,6 +71,39 @@ async def test_what_comes_due_together_is_done_together(autojump_clock: Clock) -
     assert len(looks) <= 300 / (LATE - 0.1)
 
 
+async def test_workers_that_get_old_at_about_the_same_time_are_looked_at_together(
+    autojump_clock: Clock,
+) -> None:
+    """Two hundred lives end within a lifetime, but the looks at them are a twentieth of it apart."""
+    closed: set[float] = set()
+    shop = Workshop()
+
+    async def note(_: Tool) -> None:
+        closed.add(trio.current_time())
+
+    shop.before_close = note
+    async with whitepool.open_pool(
+        shop.make,
+        pool_size=200,
+        max_lifetime=1000,
+        overflow_ttl=math.inf,
+        check_interval=math.inf,
+    ) as session:
+        await trio.sleep(900)
+        assert session.statistics().retired > 150
+        assert len(closed) <= 900 / (0.05 * 0.9 * 1000) + 1
+
+
+async def test_the_only_worker_of_a_pool_may_get_old_early(autojump_clock: Clock) -> None:
+    """So the pools of many processes that are started together do not replace theirs together."""
+    lives: list[float] = []
+    for _ in range(30):
+        async with whitepool.open_pool(Workshop().make, pool_size=1, max_lifetime=1000) as session:
+            (entry,) = session._supervisor.roster.entries
+            lives.append(entry.expires_at - entry.opened_at)
+    assert 50 <= min(lives) < 500 < max(lives) <= 1000
+
+
 async def test_few_probes_are_begun_together(autojump_clock: Clock) -> None:
     """Where many are due, the others follow soon, and other tasks have a turn in between."""
     manager = Checked(Workshop())

@@ -120,6 +120,15 @@ def test_a_bad_option_is_refused_by_name(option: str, value: Any, error: type[Ex
     assert shop.attempts == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "bound"), [("start_timeout", "more than 0"), ("overflow_ttl", "0 or more")]
+)
+def test_the_message_says_whether_zero_is_allowed(option: str, bound: str) -> None:
+    """It is where waiting for no time means something."""
+    with pytest.raises(ValueError, match=f"{option} must be {bound} seconds, not -1"):
+        whitepool.Pool(Workshop().make, **{option: -1})  # type: ignore[arg-type]
+
+
 def test_an_unknown_option_is_refused() -> None:
     """A misspelt name does not go unnoticed."""
     with pytest.raises(TypeError, match="poolsize"):

@@ -411,6 +411,14 @@ def test_the_excess_drains_while_no_task_waits_for_long() -> None:
     assert excess.tasks == 0
 
 
+def test_a_queue_that_drains_gives_no_credit() -> None:
+    """Where more were served than joined, the next excess counts from zero."""
+    excess = count_one(Excess(), 50, 100)
+    assert excess.tasks == 0
+    excess.count(12, since=11, timeout=1, then=Look(50, 100), look=Look(350, 200))
+    assert excess.tasks == 200
+
+
 def test_waiters_at_the_same_time_count_once() -> None:
     """Each look counts what has happened since the last one, at whichever waiter that was."""
     excess = count_one(Excess(), 300, 100)

@@ -315,6 +315,37 @@ async def test_a_failed_start_refuses_only_the_task_that_waited_for_it(
     assert outcomes == ["refused at 1.0", "served at 2.0"]
 
 
+async def test_a_failed_start_refuses_no_task_that_gets_a_worker_from_a_reset(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The first of two waits for the worker that is being reset, and the second for the start."""
+    manager = Manager(Workshop())
+    manager.before_reset = lambda _: trio.sleep(2)
+    outcomes: list[str] = []
+
+    async def open_one(attempt: int) -> None:
+        if attempt > 1:
+            await trio.sleep(1)
+            raise OSError("too many connections")
+
+    manager.shop.before_open = open_one
+
+    async def client() -> None:
+        try:
+            session.checkin(await session.nonblock_checkout())
+            outcomes.append(f"served at {trio.current_time():g}")
+        except whitepool.PoolStartError:
+            outcomes.append(f"refused at {trio.current_time():g}")
+
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=1) as session:
+        async with session.worker() as tool:
+            manager.dirty.add(tool)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client)
+            nursery.start_soon(client)
+    assert outcomes == ["refused at 1", "served at 2"]
+
+
 @pytest.mark.parametrize("pool_size", [0, 1])
 async def test_max_waiting_counts_the_tasks_that_wait_for_clients(pool_size: int) -> None:
     """Where no task may wait for a client, one may still wait for a new worker within the overflow."""

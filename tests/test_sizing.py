@@ -13,7 +13,7 @@ import pytest
 
 from whitepool import Hooks, Reason
 from whitepool import _sizing as sizing
-from whitepool._entry import Entry, State
+from whitepool._entry import HANDED_OVER, Entry, State
 from whitepool._options import Options
 
 NOW = 100.0
@@ -186,6 +186,7 @@ def test_the_first_of_those_that_grow_old() -> None:
         pytest.param({"idle_since": 40}, True, math.inf, id="in this instant"),
         pytest.param({"idle_since": 41}, False, 101, id="in a second"),
         pytest.param({"idle_since": 41, "jitter": 0.9}, True, math.inf, id="a tenth earlier by chance"),
+        pytest.param({"idle_since": 46, "jitter": 0.9}, True, math.inf, id="as early as chance allows"),
         pytest.param({"idle_since": 39, "reason": "lifetime"}, False, math.inf, id="marked already"),
         pytest.param({"idle_since": 41, "reason": "lifetime"}, False, math.inf, id="marked, not due"),
     ],
@@ -213,6 +214,28 @@ def test_workers_that_were_used_lately_are_not_looked_at() -> None:
         raise AssertionError("it went on")
 
     assert sizing.idle_expired(idle(), 60, NOW)[1] == 110
+
+
+# -- Long checkouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("since", "changes", "is_due", "next_due"),
+    [
+        pytest.param(89, {}, True, math.inf, id="for longer"),
+        pytest.param(90, {}, True, math.inf, id="as of this instant"),
+        pytest.param(91, {}, False, 101, id="in a second"),
+        pytest.param(89, {"client": None}, False, math.inf, id="its client has not had its turn"),
+        pytest.param(89, {"state": State.SERVICING}, False, math.inf, id="it is being reset"),
+    ],
+)
+def test_which_checkouts_last_for_too_long(
+    since: float, changes: dict[str, Any], is_due: bool, next_due: float
+) -> None:
+    """Those in which a client has had its worker for `held_warning`."""
+    entry = worker(state=changes.get("state", State.IN_USE))
+    entry.in_use_since, entry.client = since, changes.get("client", HANDED_OVER)
+    assert sizing.held_too_long([entry], 10, NOW) == ([entry] if is_due else [], next_due)
 
 
 # -- Probes --------------------------------------------------------------------------------------------

@@ -66,12 +66,14 @@ async def test_an_old_failure_is_not_the_reason(autojump_clock: MockClock) -> No
     async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1) as session:
         error = await fail_to_start(session)
         assert isinstance(error.__cause__, OSError)
+        assert "the last start failed: OSError: connection refused" in str(error)
         await trio.sleep(3600)
         shop.before_open = lambda _: trio.sleep_forever()
         async with session.worker():
             with pytest.raises(whitepool.CheckoutTimeout) as caught:
                 await session.block_checkout(timeout=0)
         assert caught.value.__cause__ is None
+        assert "the last start failed" not in str(caught.value)
 
 
 def events(caplog: pytest.LogCaptureFixture) -> list[tuple[Any, Any, Any]]:

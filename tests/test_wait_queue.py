@@ -124,6 +124,16 @@ async def test_first_come_first_served(desk: Desk) -> None:
     assert desk.unserved == 0
 
 
+async def test_waiters_are_numbered_as_they_come(desk: Desk) -> None:
+    """Those that were served count, too: by that the queue knows how many have joined."""
+    for name in "abc":
+        await desk.join(name)
+    desk.queue.serve(1, 0)
+    await desk.join("d")
+    assert [desk.waiters[name].number for name in "abcd"] == [1, 2, 3, 4]
+    assert [desk.waiters[name].served_before for name in "abcd"] == [0, 0, 0, 1]
+
+
 async def test_a_waiter_that_is_served_is_out_at_once(desk: Desk) -> None:
     """Before its task has run: the next one to be served is the next waiter."""
     await desk.join("a")
