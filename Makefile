@@ -18,7 +18,7 @@ help:
 	@echo "make lint   ruff, spelling, and the workflows"
 	@echo "make types  mypy --strict"
 	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"
-	@echo "make fleet  what many pools do to a server that they share: a simulation, in minutes"
+	@echo "make fleet  what many pools do to a server that they share, most of it simulated: three minutes"
 	@echo "make docs   the documentation, in docs/_build; a warning is an error"
 	@echo "make check-docs   the same, looked at in a browser; it needs Chromium"
 	@echo "make linkcheck   whether the pages that it links to are there; it needs the network"

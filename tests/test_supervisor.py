@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising
+from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising, use
 
 import whitepool
 
@@ -400,3 +400,17 @@ async def test_a_worker_that_dies_while_it_waits_for_its_reset(
             session.checkin(resource)  # it is alive now, and its reset waits for the hook's end
             await trio.sleep(0.1)
             manager.dead.update(manager.shop.tools)
+
+
+async def test_overflow_counts_from_the_moment_that_it_is_started(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """A worker that is being opened beyond `pool_size` is overflow already."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=2) as session:
+        shop.before_open = lambda _: trio.sleep(1)
+        async with session.worker(), trio.open_nursery() as nursery:
+            nursery.start_soon(use, session)
+            await trio.testing.wait_all_tasks_blocked()
+            now = session.statistics()
+            assert (now.starting, now.overflow) == (1, 1)

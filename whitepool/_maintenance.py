@@ -75,12 +75,17 @@ class Maintenance(Generic[T]):
         pause = sizing.PAUSE_FRACTION * min(periods)
         self._aging = Duty(self._mark_old, pause=pause, period=periods.lifetime)
         self._sharing = Duty(share, pause=0, period=math.inf)
+        # Most pools have no overflow, most of the time: then there is nothing to look for. Nor is there
+        # where no worker can be probed.
+        self._surplus = Duty(self._evict_surplus, pause=pause, period=math.inf)
+        self._surplus_period = periods.surplus
+        self._probing = Duty(self._probe, pause=sizing.PROBE_RETRY, period=math.inf)
         self._duties = [
-            Duty(self._evict_surplus, pause=pause, period=periods.surplus),
+            self._surplus,
             self._aging,
             self._sharing,
             Duty(self._mark_unused, pause=pause, period=periods.idle),
-            Duty(self._probe, pause=sizing.PROBE_RETRY, period=periods.probe),
+            self._probing,
             Duty(report_held, pause=pause, period=periods.held),
         ]
         # What an idle pool costs is nearly all for probes, and for the wakes that begin them.
@@ -109,6 +114,8 @@ class Maintenance(Generic[T]):
         self._successors = max(0, self._successors - 1)
         entry.expires_at = entry.opened_at + self._options.max_lifetime * share
         self._look_by(self._aging, entry.expires_at)
+        if self._excess > 0:
+            self._look_by(self._surplus, entry.opened_at + self._surplus_period)
         if entry.can_be_checked and 0 < self._options.check_interval < math.inf:
             # Those that have left are forgotten when it is their time, or when there are many of them.
             if len(self._coming) > 64 + 2 * len(self._roster.entries):
@@ -116,10 +123,15 @@ class Maintenance(Generic[T]):
                 heapify(self._coming)
             due = sizing.probe_at(entry, self._options.check_interval, self._now())
             heappush(self._coming, (due, next(self._numbers), entry))
+            self._look_by(self._probing, due)
 
     def share_by(self, time: float) -> None:
         """Have `share` called at that time, or before."""
         self._look_by(self._sharing, time)
+
+    def on_resized(self) -> None:
+        """Look for overflow workers: the pool may have others, now that its size is another."""
+        self._look_by(self._surplus, self._now())
 
     def _look_by(self, duty: Duty, time: float) -> None:
         duty.due = min(duty.due, time)
@@ -153,17 +165,22 @@ class Maintenance(Generic[T]):
 
     # -- Duties: each returns when the next worker comes due -----------------------------------------
 
+    @property
+    def _excess(self) -> int:
+        """Overflow workers, whether they are idle or not."""
+        return self._roster.lasting - self._roster.pool_size
+
     def _evict_surplus(self, now: float) -> float:
         """Evict overflow workers that no client has needed for `overflow_ttl`.
 
         Any idle worker will do: the ones that were idle for the longest go, however they were started.
         """
-        roster, options = self._roster, self._options
-        excess = roster.lasting - roster.pool_size
-        surplus, next_due = sizing.surplus(roster.idle, excess, options.overflow_ttl, now)
+        ttl = self._options.overflow_ttl
+        surplus, next_due = sizing.surplus(self._roster.idle, self._excess, ttl, now)
         for entry in surplus:
             self._evict(entry, "overflow")
-        return next_due
+        # One that is in use may be idle soon.
+        return min(next_due, now + self._surplus_period) if self._excess > 0 else math.inf
 
     def _mark_old(self, now: float) -> float:
         """Mark workers that are alive and well, but too old."""
