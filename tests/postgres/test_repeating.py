@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
 import pytest
+import transactions
 import trio
 import trio.testing
 from connections import Connection, ask
@@ -19,7 +20,7 @@ from whitepool.postgres import open_pool
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random, "uniform", lambda low, high: 0)
+    monkeypatch.setattr(transactions, "random", SimpleNamespace(uniform=lambda low, high: 0))
 
 
 @pytest.fixture(params=[False, True], ids=["transaction", "autocommit"])
@@ -144,7 +145,7 @@ async def test_the_deadline_raises_the_conflict(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the next attempt could only begin after the deadline, the conflict is raised, at once."""
-    monkeypatch.setattr(random, "uniform", lambda low, high: 5)
+    monkeypatch.setattr(transactions, "random", SimpleNamespace(uniform=lambda low, high: 5))
     begun = trio.current_time()
     with pytest.raises(psycopg.errors.SerializationFailure), trio.fail_after(3):
         await transact(session, fail)
@@ -160,7 +161,7 @@ async def test_the_pauses_grow(session: Session, monkeypatch: pytest.MonkeyPatch
         longest.append(high)
         return 0
 
-    monkeypatch.setattr(random, "uniform", uniform)
+    monkeypatch.setattr(transactions, "random", SimpleNamespace(uniform=uniform))
     with pytest.raises(psycopg.errors.SerializationFailure):
         await transact(session, fail, attempts=10)
     assert longest == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1, 1]
@@ -170,7 +171,7 @@ async def test_another_task_has_the_connection_in_a_pause(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task that waits for its next attempt holds no connection."""
-    monkeypatch.setattr(random, "uniform", lambda low, high: 100)
+    monkeypatch.setattr(transactions, "random", SimpleNamespace(uniform=lambda low, high: 100))
     async with (
         open_pool(dsn, pool_size=1, max_overflow=0) as session,
         trio.open_nursery() as nursery,
