@@ -647,8 +647,11 @@ class PoolMachine(RuleBasedStateMachine):
         # What is missing is being started, unless starts have just failed.
         if now - max(self.manager.last_failure, self.last_death) <= LONGEST_PAUSE:
             return
-        # A full server is left alone for longer, and then only tasks that wait need another worker.
-        if now - self.manager.last_full <= LONGEST_PAUSE_FULL:
+        # A full server is left alone for longer, also after it has given a place, and then only tasks
+        # that wait need another worker.
+        is_full = now - self.manager.last_full <= 1.25 * FULL_FOR
+        last = max(self.manager.last_full, self.manager.last_success) if is_full else -math.inf
+        if now - last <= LONGEST_PAUSE_FULL:
             return
         there = len(self.shop.alive) + self.shop.opening
         if self.waiting and there < self.limit:
