@@ -36,7 +36,9 @@ START_TIMEOUT = 5.0
 LONGEST_PAUSE = 0.8
 """Seconds for which the pool leaves a server alone that has refused, at most."""
 LONGEST_PAUSE_FULL = 8.0
-"""The same, if it has refused because it is full. A place that is left to others is left for less."""
+"""The same, if it has refused because it is full."""
+GAP = 1.5
+"""Seconds for which a place is left to other pools, at most."""
 FULL_FOR = 1.25 * 30
 """Seconds for which a server that has refused because it is full counts as full, at most."""
 
@@ -286,7 +288,9 @@ class PoolMachine(RuleBasedStateMachine):
                 client.end = "unavailable"
                 timeout = client.deadline - client.joined
                 outage = client.joined - self.manager.last_success
-                self._expect(outage > timeout, f"{client} could have waited")
+                # Workers that are opened, and then give no sign of life, end no outage.
+                is_doubtful = self.session._supervisor.starter.is_doubtful
+                self._expect(outage > timeout or is_doubtful, f"{client} could have waited")
                 self._expect(not self.held - self.manager.crashed, "a client has a worker")
             except whitepool.PoolOverloaded:
                 client.end = "overloaded"
@@ -644,27 +648,34 @@ class PoolMachine(RuleBasedStateMachine):
         if lost > max(self.lost, self.limit):
             self.last_death = now
         self.lost = lost
-        # What is missing is being started, unless starts have just failed.
-        if now - max(self.manager.last_failure, self.last_death) <= LONGEST_PAUSE:
+        # What is missing is being started, unless starts have just failed. (A new worker that gives no
+        # sign of life, after another has been found useless, is such a start.)
+        supervisor = self.session._supervisor
+        last_failure = max(self.manager.last_failure, supervisor.starter.backoff.last_failure)
+        if now - max(last_failure, self.last_death) <= LONGEST_PAUSE:
             return
         # A full server is left alone for longer, also after it has given a place, and then only tasks
         # that wait need another worker.
-        is_full = now - self.manager.last_full <= 1.25 * FULL_FOR
+        is_full = now - self.manager.last_full <= FULL_FOR
         last = max(self.manager.last_full, self.manager.last_success) if is_full else -math.inf
         if now - last <= LONGEST_PAUSE_FULL:
             return
+        # A place may be left to other pools, for a moment.
+        left_for = self.session._supervisor.sharing.left_until - now
+        assert left_for <= GAP
+        opening = supervisor.roster.opening
         there = len(self.shop.alive) + self.shop.opening
-        if self.waiting and there < self.limit:
+        if self.waiting and there < self.limit and left_for < 0:
             # A worker that is probed may serve one of them, if it answers promptly. (Before that, it
             # may have a hook to run.)
             probes = self.session._supervisor.roster.probes.values()
             prompt = [began for began in probes if began > now - PROMPT_ANSWER]
-            assert self.shop.opening or len(prompt) >= len(self.waiting)
+            assert opening or len(prompt) >= len(self.waiting)
         pool_size = self.session._supervisor.statistics().pool_size
         if now - self.manager.last_full <= FULL_FOR:
             return
         if not self.options["lazy"] and not self.draining and there < pool_size:
-            assert self.shop.opening
+            assert opening
 
     def _a_drained_pool_closes(self) -> None:
         now = self.session._supervisor.statistics()
