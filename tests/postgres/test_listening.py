@@ -52,6 +52,7 @@ class Worker:
     @asynccontextmanager
     async def at_work(self, dsn: str, listen_at: str | None = None) -> AsyncIterator[Worker]:
         self.send, calls = trio.open_memory_channel[None](1)
+        self.waits = lambda: calls.statistics().tasks_waiting_receive == 1
         with trio.fail_after(20):
             async with open_pool(dsn, pool_size=1) as session, trio.open_nursery() as nursery:
                 nursery.start_soon(listen.listen, listen_at or dsn, "jobs", self.wake_up)
@@ -86,6 +87,7 @@ async def test_a_job_that_was_missed_is_done_when_the_connection_is_back(
     async with Worker().at_work(dsn) as worker:
         insert(onlooker, "before", notify=True)
         await worker.until_done("before")
+        await until(lambda: worker.calls == 2 and worker.waits())  # it has seen that no job is left
         insert(onlooker, "missed", notify=False)
         await wait_all_tasks_blocked()
         assert worker.done == ["before"]
