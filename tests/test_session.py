@@ -480,8 +480,7 @@ async def test_a_cancelled_checkout_is_not_refused(
 async def test_every_checkout_is_a_checkpoint() -> None:
     """Also one that fails; but those that find an idle worker let others run only now and then."""
     async with pool(pool_size=1) as session:
-        with trio.testing.assert_checkpoints():
-            resource = await session.block_checkout()
+        resource = await session.block_checkout()
         with trio.testing.assert_checkpoints(), pytest.raises(whitepool.PoolFull):
             await session.nonblock_checkout()
         session.checkin(resource)
@@ -493,6 +492,23 @@ async def test_every_checkout_is_a_checkpoint() -> None:
             with trio.testing.assert_checkpoints():
                 session.checkin(await checkout())
             assert trio.current_time() < session._time_slice.ends < trio.current_time() + 0.0011
+
+
+async def test_tasks_that_take_turns_are_not_held_up() -> None:
+    """A task that was woken since the last checkout lets none go first, however long others took."""
+    async with pool(pool_size=1) as session, trio.open_nursery() as nursery:
+
+        async def check_out() -> None:
+            with pytest.raises(AssertionError), trio.testing.assert_checkpoints():
+                session.checkin(await session.block_checkout())
+
+        session._time_slice.ends = 0
+        for _ in range(3):
+            nursery.start_soon(check_out)
+            await trio.testing.wait_all_tasks_blocked()
+            await check_out()
+        with trio.testing.assert_checkpoints():
+            session.checkin(await session.block_checkout())
 
 
 async def test_by_a_clock_that_stands_still(mock_clock: trio.testing.MockClock) -> None:

@@ -41,7 +41,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound="Session[Any]")
 
 BUSY_TIME = 0.001
-"""Seconds for which tasks that always find an idle worker may keep the event loop to themselves."""
+"""Seconds for which a task that always finds an idle worker may keep the event loop to itself."""
 
 BUSY_TIME_OF_TESTS = -1.0
 """The same with another clock than Trio's own, which may stand still: each checkout lets others run."""
@@ -114,8 +114,9 @@ class Session(Generic[T]):
     """A pool, as its clients see it. One session serves all tasks of one `trio.run`.
 
     Every asynchronous method is a cancellation point, and a cancelled one leaves no trace: either the
-    caller has the resource, or the pool has the worker. Each lets other tasks run, but checkouts that
-    find an idle worker do so only once a millisecond, because the work that follows does so anyway.
+    caller has the resource, or the pool has the worker. Each lets other tasks run, but a checkout that
+    finds an idle worker does so only if one task makes many, and then once a millisecond: the work that
+    follows a checkout lets others run anyway.
     From another thread, call it by `trio.from_thread.run`.
     """
 
@@ -136,8 +137,10 @@ class Session(Generic[T]):
         self._on_checkout = supervisor.options.hooks.on_checkout
         self._checkout_timeout = supervisor.options.checkout_timeout
         self._max_waiting = supervisor.options.max_waiting
-        is_real = type(trio.lowlevel.current_clock()).__name__ == "SystemClock"
-        self._time_slice = TimeSlice(BUSY_TIME if is_real else BUSY_TIME_OF_TESTS, self._now)
+        self._is_real_time = type(trio.lowlevel.current_clock()).__name__ == "SystemClock"
+        busy_time = BUSY_TIME if self._is_real_time else BUSY_TIME_OF_TESTS
+        self._time_slice = TimeSlice(busy_time, self._now)
+        self._last_task = 0  # a number, not the task: that would be kept from being collected
         self._thread = get_ident()
         self._trio_token = trio.lowlevel.current_trio_token()
 
@@ -174,7 +177,7 @@ class Session(Generic[T]):
         entry = self._take_idle()
         if entry is not None:
             resource = self._hand_out(entry, entry.in_use_since)
-            if entry.in_use_since > self._time_slice.ends:
+            if entry.in_use_since > self._time_slice.ends and self._has_kept_the_loop():
                 await self._yield_to_others()
         else:
             supervisor = self._supervisor
@@ -209,7 +212,7 @@ class Session(Generic[T]):
         entry = self._take_idle()
         if entry is not None:
             resource = self._hand_out(entry, entry.in_use_since)
-            if entry.in_use_since > self._time_slice.ends:
+            if entry.in_use_since > self._time_slice.ends and self._has_kept_the_loop():
                 await self._yield_to_others()
         else:
             if self._queue.waiting >= self._supervisor.standing.obtainable():
@@ -261,6 +264,14 @@ class Session(Generic[T]):
         if self._supervisor.draining:
             raise PoolClosed(f"{self.name} is shutting down, or has shut down")
         return None
+
+    def _has_kept_the_loop(self) -> bool:
+        """Say whether this task may have run without a pause since the last checkout.
+
+        If another task made that one, this task has been woken since, and others have had their turn.
+        """
+        before, self._last_task = self._last_task, id(current_task())
+        return before == self._last_task or not self._is_real_time
 
     async def _yield_to_others(self) -> None:
         """Let other tasks run. It is too late to be cancelled: the caller has a worker."""

@@ -47,10 +47,19 @@ class Onlooker:
         await until(lambda: self.state(backend) == "active")
 
     async def until_gone(self, backend: int) -> None:
-        await until(lambda: self.state(backend) is None)
+        """Wait until a backend is not listed, and has ended: it hangs up in between."""
+        await until(lambda: self.state(backend) is None and not _is_process(backend))
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _is_process(backend: int) -> bool:
+    try:
+        os.kill(backend, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def freeze(backend: int) -> None:

@@ -300,7 +300,7 @@ async def in_a_two_phase_transaction(connection: Connection) -> None:
 
 async def behind_a_generator(connection: Connection) -> None:
     await connection.execute(INSERT)
-    connection.lock._free.acquire_nowait()  # type: ignore[attr-defined]  # as a stream does
+    await connection.lock.__aenter__()  # as a stream does
 
 
 leftovers: list[Any] = []
@@ -361,7 +361,7 @@ async def test_nothing_to_commit_is_no_error(dsn: str) -> None:
     """With autocommit, a task that still waits for notifications loses nothing."""
     async with a_pool(dsn, autocommit=True, reset_timeout=0.2) as session:
         async with session.connection() as connection:
-            connection.lock._free.acquire_nowait()  # type: ignore[attr-defined]
+            await connection.lock.__aenter__()
         async with session.worker() as another:
             assert another is not connection
 

@@ -52,7 +52,7 @@ class Worker:
     @asynccontextmanager
     async def at_work(self, dsn: str, listen_at: str | None = None) -> AsyncIterator[Worker]:
         self.send, calls = trio.open_memory_channel[None](1)
-        self.waits = lambda: calls.statistics().tasks_waiting_receive == 1
+        self.for_calls = calls
         with trio.fail_after(20):
             async with open_pool(dsn, pool_size=1) as session, trio.open_nursery() as nursery:
                 nursery.start_soon(listen.listen, listen_at or dsn, "jobs", self.wake_up)
@@ -60,6 +60,10 @@ class Worker:
                 await until(lambda: self.calls == 1)
                 yield self
                 nursery.cancel_scope.cancel()
+
+    def waits(self) -> bool:
+        """Say whether it has done what there was to do when it was called last."""
+        return self.for_calls.statistics().tasks_waiting_receive == 1
 
     async def until_done(self, *jobs: str) -> None:
         await until(lambda: self.done == list(jobs))

@@ -48,24 +48,28 @@ class Lock:
     """
 
     def __init__(self) -> None:
-        self._free = trio.Semaphore(1, max_value=1)
+        self._is_taken = False
+        self._waiters = trio.lowlevel.ParkingLot()
 
     def locked(self) -> bool:
         """Return whether an operation holds the lock."""
-        return not self._free.value
+        return self._is_taken
 
     # Ctrl-C must not strike between taking the lock and entering the block, nor before releasing it.
     @enable_ki_protection
     async def __aenter__(self) -> None:
-        await checkpoint_if_cancelled()
-        try:
-            self._free.acquire_nowait()
-        except trio.WouldBlock:
-            await self._free.acquire()
+        if self._is_taken:
+            await self._waiters.park()
+        else:
+            await checkpoint_if_cancelled()
+            self._is_taken = True
 
     @enable_ki_protection
     def __aexit__(self, *_: object) -> NoopAwaitable:
-        self._free.release()
+        if self._waiters:
+            self._waiters.unpark()  # it has the lock now
+        else:
+            self._is_taken = False
         return NOOP
 
 
