@@ -18,7 +18,7 @@ from workshop import Tool, Workshop, check_books, hang, open_checked_pool
 import whitepool
 from whitepool import _holding
 from whitepool._entry import HANDED_OVER
-from whitepool._session import TrackingSession, observed
+from whitepool._observing import TrackingSession, observed
 from whitepool.postgres import PostgresSession
 
 Session = whitepool.Session[Tool]

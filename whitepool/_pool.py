@@ -20,8 +20,9 @@ if sys.version_info < (3, 11):
 
 from ._checks import check_runs_on_trio, did_you_mean
 from ._manager import Factory, FactoryManager, WorkerManager, check_factory
+from ._observing import tracking
 from ._options import Options
-from ._session import Session, tracking
+from ._session import Session
 from ._supervisor import Supervisor
 
 P = ParamSpec("P")

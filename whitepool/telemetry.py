@@ -27,7 +27,8 @@ except ImportError as error:
     ) from error
 
 from . import __version__
-from ._session import Session, observed
+from ._observing import observed
+from ._session import Session
 from ._supervisor import Supervisor
 
 __all__ = ["instrument"]
