@@ -17,7 +17,7 @@ from timing import until
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import PostgresManager, PostgresSession, _manager, connect, open_pool
+from whitepool.postgres import PostgresManager, PostgresSession, _resetting, connect, open_pool
 
 Notes = Callable[[], int]
 Told = Callable[[], list[str]]
@@ -232,7 +232,7 @@ async def test_every_server_is_asked_in_its_own_way(
     connection: Connection, notes: Notes, version: int, function: str
 ) -> None:
     """PostgreSQL 13 has renamed the function. The old one is still there, so it can be tried."""
-    question = _manager._has_written(version)
+    question = _resetting._has_written(version)
     assert f"{function}_if_assigned".encode() in question
     for statement, is_null in (("SELECT 1", True), (INSERT, False)):
         await connection.execute(statement.encode())
@@ -242,7 +242,7 @@ async def test_every_server_is_asked_in_its_own_way(
 
 def test_a_server_that_is_very_old_is_not_asked() -> None:
     """PostgreSQL 9.6 has no such function."""
-    assert _manager._has_written(90624) == b""
+    assert _resetting._has_written(90624) == b""
 
 
 @pytest.mark.parametrize("question", [b"", b"SELECT no_such_function()"])
@@ -250,7 +250,7 @@ async def test_a_server_that_cannot_answer(
     dsn: str, notes: Notes, told: Told, monkeypatch: pytest.MonkeyPatch, question: bytes
 ) -> None:
     """There is a rollback all the same, and the connection stays."""
-    monkeypatch.setattr(_manager, "_has_written", lambda version: question)
+    monkeypatch.setattr(_resetting, "_has_written", lambda version: question)
     async with a_pool(dsn) as session:
         await use(session, INSERT)
         async with session.worker() as connection:
@@ -263,13 +263,13 @@ async def test_a_server_that_cannot_answer(
 async def test_it_costs_no_round_trip(dsn: str, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
     """The question goes with the rollback in one message."""
     sent: list[bytes] = []
-    run = _manager._run
+    run = _resetting.run
 
     async def note(connection: Connection, command: bytes) -> Any:
         sent.append(command)
         return await run(connection, command)
 
-    monkeypatch.setattr(_manager, "_run", note)
+    monkeypatch.setattr(_resetting, "run", note)
     async with a_pool(dsn) as session:
         await use(session, INSERT)
         with suppress(psycopg.errors.DivisionByZero):

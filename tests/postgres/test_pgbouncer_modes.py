@@ -24,7 +24,7 @@ from timing import until
 
 import whitepool
 from whitepool.postgres import connect, open_pool
-from whitepool.postgres._manager import LARGEST_PID
+from whitepool.postgres._resetting import LARGEST_PID
 
 pytestmark = pytest.mark.pgbouncer
 

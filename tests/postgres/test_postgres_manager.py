@@ -18,7 +18,7 @@ from timing import until
 from workshop import check_books
 
 import whitepool
-from whitepool.postgres import PostgresManager, TrioConnection, _manager, connect, open_pool
+from whitepool.postgres import PostgresManager, TrioConnection, _resetting, connect, open_pool
 
 Session = whitepool.Session[Connection]
 OpenPool = Callable[..., AbstractAsyncContextManager[Session]]
@@ -498,7 +498,7 @@ def test_a_connection_on_asyncio() -> None:
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process number looks as if PgBouncer had made it up."""
-    monkeypatch.setattr(_manager, "LARGEST_PID", 0)
+    monkeypatch.setattr(_resetting, "LARGEST_PID", 0)
 
 
 def misconfigured(caplog: pytest.LogCaptureFixture) -> list[Any]:
@@ -525,7 +525,7 @@ async def no_reset(connection: Connection) -> None:
         (b"SELECT 1, 2", 3, "session", True),  # all are in one
         (b"SELECT 1, random()", 1, "session", True),  # one is in several
         (b"SELECT 1, 2", 1, "session", False),
-        (_manager._WHICH_SESSION, 3, "session", False),
+        (_resetting._WHICH_SESSION, 3, "session", False),
         (b"SELECT 1, 2", 3, "rollback", False),
         (b"SELECT 1, 2", 3, no_reset, False),
     ],
@@ -540,7 +540,7 @@ async def test_a_reset_that_has_no_effect_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Once, when connections turn out to share the sessions of the server."""
-    monkeypatch.setattr(_manager, "_WHICH_SESSION", query)
+    monkeypatch.setattr(_resetting, "_WHICH_SESSION", query)
     async with open_pool(dsn, reset=reset, pool_size=size, max_overflow=0) as session:
         for _ in range(3):
             await use_all(session, size)
@@ -555,7 +555,7 @@ async def test_only_connections_that_are_open_can_share(
     dsn: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In session mode PgBouncer gives the session of one that has ended to the next."""
-    monkeypatch.setattr(_manager, "_WHICH_SESSION", b"SELECT 1, 2")
+    monkeypatch.setattr(_resetting, "_WHICH_SESSION", b"SELECT 1, 2")
     async with open_pool(dsn, reset="session", pool_size=1, max_overflow=0) as session:
         await use_all(session, 1)
         async with session.worker() as first:
@@ -571,7 +571,7 @@ async def test_nothing_is_asked_of_a_real_backend(
     dsn: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without PgBouncer, a reset costs nothing more."""
-    monkeypatch.setattr(_manager, "_WHICH_SESSION", b"SELECT 1, 2")
+    monkeypatch.setattr(_resetting, "_WHICH_SESSION", b"SELECT 1, 2")
     async with open_pool(dsn, reset="session", pool_size=3, max_overflow=0) as session:
         await use_all(session, 3)
         assert not misconfigured(caplog)

@@ -8,85 +8,34 @@ the connection.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, Generic, Union, get_origin, overload
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import TYPE_CHECKING, Any, Generic, get_origin, overload
 
 import psycopg
 from psycopg import pq
-from psycopg.adapt import AdaptersMap
-from psycopg.generators import execute
 from psycopg.rows import AsyncRowFactory, Row
-from psycopg.waiting import Wait
 
 from .._checks import check_call
 from .._errors import PoolStartError
-from .._manager import WorkerManager, created_by, on_discarded, on_misconfigured
+from .._manager import WorkerManager, created_by, on_discarded
 from ._cancelling import closing_if_cancelled
 from ._connecting import is_final, is_full, validate
 from ._connection import TrioConnection
 from ._keywords import C, Configure, ConnectKeywords, Conninfo, K, R, Reset
-from ._last_words import last_words, note_last_words, why_read_only
+from ._last_words import last_words, why_read_only
+from ._resetting import ServerSessions, forget_client, note_as_new, roll_back, run
 from ._session import PostgresSession
-from ._waiting import drive, ready_now
+from ._waiting import drive
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Connection = TrioConnection[Any]
 
-# The process of a session, and since when its server runs.
-ServerSession = tuple[Union[bytes, None], Union[bytes, None]]
-
 # Plain numbers, because they are compared at each checkin, and comparing enums costs more.
 _IDLE = int(pq.TransactionStatus.IDLE)
 _INTRANS = int(pq.TransactionStatus.INTRANS)
 _INERROR = int(pq.TransactionStatus.INERROR)
 _NO_PIPELINE = int(pq.PipelineStatus.OFF)
-
-# What DISCARD ALL does, and RESET ROLE. DISCARD ALL has to be sent alone; its parts can be sent in one
-# message with the rest. The transaction does not take its properties from the session's defaults, as
-# the client may have changed those: a deferrable one may have to wait for others to end. Don't set READ
-# WRITE: it fails on a standby.
-_DISCARD_SESSION = b"""
-    BEGIN ISOLATION LEVEL READ COMMITTED NOT DEFERRABLE;
-    CLOSE ALL;
-    SET SESSION AUTHORIZATION DEFAULT;
-    RESET ROLE;
-    RESET ALL;
-    DEALLOCATE ALL;
-    UNLISTEN *;
-    SELECT pg_catalog.pg_advisory_unlock_all();
-    DISCARD PLANS;
-    DISCARD TEMP;
-    DISCARD SEQUENCES;
-    COMMIT
-"""
-
-LARGEST_PID = 2**22
-"""The largest number of a process on Linux. PgBouncer tells a random one of 32 bits."""
-
-_WHICH_SESSION = b"SELECT pg_catalog.pg_backend_pid(), pg_catalog.pg_postmaster_start_time()"
-
-_SHARED = (
-    'reset="session" has no effect: connections share server sessions, as behind a PgBouncer in '
-    "transaction mode"
-)
-
-# What a client can set on a connection: as an attribute, or by a method such as `set_autocommit`.
-_CLIENT_SIDE = (
-    "_autocommit",
-    "_isolation_level",
-    "_read_only",
-    "_deferrable",
-    "_begin_statement",
-    "row_factory",
-    "cursor_factory",
-    "server_cursor_factory",
-    "prepare_threshold",
-    "prepared_max",
-    "cleanup_timeout",
-    "_is_instrumented_by_opentelemetry",
-)
 
 
 class ConnectionManager(WorkerManager[K]):
@@ -143,7 +92,7 @@ class ConnectionManager(WorkerManager[K]):
             pass
         if worker.pgconn.transaction_status == _IDLE:
             return
-        if await _roll_back(worker):
+        if await roll_back(worker):
             on_discarded.get()()
         # As psycopg does at a rollback: statements may have been prepared in the transaction, or for
         # tables that were created in it.
@@ -179,7 +128,7 @@ class ConnectionManager(WorkerManager[K]):
         Raises `psycopg.errors.ReadOnlySqlTransaction` if the answer tells that the server is read-only,
         and the connection must not be; see `is_alive`.
         """
-        await _run(worker, b"")
+        await run(worker, b"")
         _demand_writable(worker)
 
     def _last_words(self, worker: K) -> str:
@@ -272,9 +221,7 @@ class PostgresManager(ConnectionManager[C], Generic[Row, C]):
         self._configure = configure
         self._reset = reset
         self._keywords: dict[str, Any] = connect_keywords
-        # For `_note_server_session`: which connection was last in which session, and the reverse.
-        self._session_of = WeakKeyDictionary[Connection, ServerSession]()
-        self._last_in = WeakValueDictionary[ServerSession, Connection]()
+        self._server_sessions = ServerSessions()
 
     def __repr__(self) -> str:
         return "<whitepool.postgres.PostgresManager>"  # the conninfo may hold a password
@@ -345,36 +292,12 @@ class PostgresManager(ConnectionManager[C], Generic[Row, C]):
         if super().needs_reset(worker):
             await super().reset(worker)
         if self._reset == "session":
-            await self._discard_session(worker)
-            _forget_client(worker)
+            await self._server_sessions.discard_traces(worker)
+            forget_client(worker)
             await self._set_up(worker)
         elif callable(self._reset):
             await _call(self._reset, worker, "reset")
             _demand_no_transaction(worker, "reset")
-
-    async def _discard_session(self, worker: C) -> None:
-        """Reset the server's side. If PgBouncer may be between, ask in the same message which it is."""
-        if 0 < worker.pgconn.backend_pid <= LARGEST_PID:
-            await _run(worker, _DISCARD_SESSION)
-        else:
-            *_, answer = await _run(worker, _DISCARD_SESSION + b";" + _WHICH_SESSION)
-            self._note_server_session(worker, (answer.get_value(0, 0), answer.get_value(0, 1)))
-
-    def _note_server_session(self, worker: C, session: ServerSession) -> None:
-        """Say that ``reset="session"`` can't work, if connections turn out to share server sessions.
-
-        Behind a PgBouncer in session mode, a connection keeps its session as long as it is open. This
-        can't be asked when it is opened: the question would take a session, and none may be free.
-        """
-        other = self._last_in.get(session, worker)
-        is_shared = other is not worker and not other.closed
-        # If the other one has ended, it may be that this has not been noticed yet.
-        if is_shared and ready_now(other.pgconn.socket, Wait.R):
-            is_shared = False
-        if is_shared or self._session_of.get(worker, session) != session:
-            on_misconfigured.get()(_SHARED)
-        self._session_of[worker] = session
-        self._last_in[session] = worker
 
     async def _set_up(self, connection: C) -> None:
         """Configure a connection that is new, or as good as new.
@@ -382,8 +305,7 @@ class PostgresManager(ConnectionManager[C], Generic[Row, C]):
         Its attributes are noted before: what `configure` sets on it, it will set again.
         """
         if self._reset == "session":
-            connection._as_new = {name: getattr(connection, name) for name in _CLIENT_SIDE}
-            connection._as_new["_adapters"] = _copied(connection._adapters)
+            note_as_new(connection)
         if self._configure is not None:
             await _call(self._configure, connection, "configure")
             _demand_no_transaction(connection, "configure")
@@ -422,75 +344,3 @@ def _demand_writable(connection: Connection) -> None:
     reason = why_read_only(connection)
     if reason:
         raise psycopg.errors.ReadOnlySqlTransaction(reason)
-
-
-def _copied(adapters: AdaptersMap | None) -> AdaptersMap | None:
-    """Return a copy of a connection's own adapters. None: it has none, and uses psycopg's."""
-    return None if adapters is None else AdaptersMap(adapters)
-
-
-async def _roll_back(connection: Connection) -> bool:
-    """Roll back, and return whether that throws away what the transaction has written.
-
-    In a transaction that has failed there is no asking: its client has had the error.
-    """
-    pgconn = connection.pgconn
-    question = _has_written(pgconn.server_version)
-    if question and pgconn.transaction_status == _INTRANS:
-        try:
-            # One message, so the question costs no round trip.
-            answer, *_ = await _run(connection, question + b"; ROLLBACK")
-            return answer.get_value(0, 0) is not None
-        except psycopg.Error:
-            # A server that is not quite PostgreSQL may not know the function.
-            if pgconn.transaction_status != _INERROR:
-                raise
-    await _run(connection, b"ROLLBACK")
-    return False
-
-
-def _has_written(server_version: int) -> bytes:
-    """Return a query for the number of the current transaction; empty: the server knows none.
-
-    A transaction gets its number when it first writes anything, or locks a row. Its result is NULL as
-    long as it has none.
-    """
-    if server_version >= 130000:
-        return b"SELECT pg_catalog.pg_current_xact_id_if_assigned()"
-    if server_version >= 100000:
-        return b"SELECT pg_catalog.txid_current_if_assigned()"
-    return b""
-
-
-async def _run(connection: Connection, command: bytes) -> list[pq.abc.PGresult]:
-    """Run a command of the pool's own, without a cursor, and without a transaction around it.
-
-    It does not go through the connection's `wait`, which would cancel a command that takes too long on
-    the server, and save the connection. The pool closes the connection instead, which is quicker.
-    """
-    pgconn = connection.pgconn
-    async with connection.lock:
-        pgconn.send_query(command)
-        results: list[pq.abc.PGresult] = await drive(execute(pgconn), pgconn.socket)
-    for result in results:
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            error = psycopg.errors.error_from_result(result)
-            note_last_words(connection, error)
-            raise error
-    return results
-
-
-def _forget_client(connection: Connection) -> None:
-    """Restore what a client may have changed on the client's side of the session.
-
-    Call it when the server has discarded its side, prepared statements included.
-    """
-    for name, value in connection._as_new.items():
-        setattr(connection, name, value)
-    connection._notice_handlers.clear()
-    connection._notify_handlers.clear()
-    backlog = getattr(connection, "_notifies_backlog", None)  # new in psycopg 3.2.4
-    if backlog:
-        backlog.clear()
-    connection._prepared.clear()
-    connection._prepared._to_flush.clear()  # clear() alone would have them deallocated once more
