@@ -93,6 +93,27 @@ async def test_a_resource_is_collected_in_any_thread(recwarn: pytest.WarningsRec
     assert recwarn.pop(ResourceWarning)
 
 
+# -- Blocks -----------------------------------------------------------------------------------------
+
+
+async def test_a_block_that_is_not_entered_as_one() -> None:
+    """It is awaited, or `async` is missing: the error says what to write, and nothing is opened."""
+    workshop = Workshop()
+    opening: Any = whitepool.open_pool(workshop.make, pool_size=1)
+    with pytest.raises(TypeError, match=r"write `async with open_pool\(\.\.\.\) as session:`"):
+        await opening
+    with pytest.raises(TypeError, match=r"write `async with open_pool"), opening:
+        pass
+    assert not workshop.tools
+    async with opening as session:
+        with pytest.raises(TypeError, match=r"write `async with session\.worker\(\) as worker:`"):
+            await session.worker()
+        block: Any = session.worker()
+        with pytest.raises(TypeError, match=r"write `async with session\.worker"), block:
+            pass
+        assert session.statistics().checkouts == 0
+
+
 # -- Without Trio, and without packages ----------------------------------------------------------------
 
 
@@ -105,6 +126,21 @@ def test_a_pool_on_asyncio() -> None:
 
     with pytest.raises(RuntimeError, match=r"trio\.run, not with asyncio\.run"):
         asyncio.run(main())
+
+
+async def test_a_factory_that_needs_asyncio(autojump_clock: MockClock) -> None:
+    """Opening the pool ends at once, as another attempt would only fail as well."""
+    began = trio.current_time()
+
+    async def connect() -> Tool:
+        asyncio.get_running_loop()
+        raise AssertionError
+
+    with pytest.raises(whitepool.PoolStartError, match="needs asyncio, and this is Trio") as refusal:
+        async with whitepool.open_pool(connect):
+            pass
+    assert isinstance(refusal.value.__cause__, RuntimeError)
+    assert trio.current_time() == began
 
 
 @pytest.mark.parametrize(

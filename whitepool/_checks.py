@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import ClassVar, NoReturn
 
 import trio
 
@@ -81,3 +82,18 @@ def check_runs_on_trio(what: str) -> None:
             f"{what} needs Trio, which does not run here: start your program with trio.run, "
             "not with asyncio.run, and a service with a server that supports Trio, such as Hypercorn"
         ) from None
+
+
+class OnlyAsyncWith:
+    """A base of async context managers. It says so if one is awaited, or entered without ``async``."""
+
+    _usage: ClassVar[str]
+
+    def __await__(self) -> NoReturn:
+        raise TypeError(f"this is a block: write `async with {self._usage}:`")
+
+    def __enter__(self) -> NoReturn:
+        self.__await__()
+
+    def __exit__(self, *_: object) -> None:
+        """Python looks for this method before it calls `__enter__`."""

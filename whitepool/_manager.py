@@ -209,6 +209,12 @@ def _check_manager(manager: WorkerManager[Any]) -> None:
         )
 
 
+NEEDS_ASYNCIO = (
+    "what opens a worker needs asyncio, and this is Trio: for PostgreSQL, connect with "
+    "whitepool.postgres.connect"
+)
+
+
 class _Lifespan(AbstractAsyncContextManager[T]):
     """A worker, from when it is opened until it has been closed.
 
@@ -223,7 +229,12 @@ class _Lifespan(AbstractAsyncContextManager[T]):
 
     async def __aenter__(self) -> T:
         assert self._open is not None
-        self._worker = await self._open()
+        try:
+            self._worker = await self._open()
+        except RuntimeError as error:
+            if str(error) == "no running event loop":
+                raise PoolStartError(NEEDS_ASYNCIO) from error
+            raise
         self._open = None
         self._manager = manager_of(self._worker, self._manager)
         return self._worker

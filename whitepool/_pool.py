@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import wraps
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -18,7 +19,7 @@ from trio.lowlevel import enable_ki_protection
 if sys.version_info < (3, 11):
     from exceptiongroup import BaseExceptionGroup
 
-from ._checks import check_runs_on_trio, did_you_mean
+from ._checks import OnlyAsyncWith, check_runs_on_trio, did_you_mean
 from ._manager import Factory, FactoryManager, WorkerManager, check_factory
 from ._observing import tracking
 from ._options import Options
@@ -99,6 +100,29 @@ class Pool(Options, Generic[T]):
         raise error  # outside of the `except`, so that the group is not its context
 
 
+class Opening(AbstractAsyncContextManager[Session[T]], OnlyAsyncWith):
+    """The block of `open_pool`."""
+
+    _usage = "open_pool(...) as session"
+
+    def __init__(self, pool: Pool[T]) -> None:
+        self._block = pool._open(grace=0)  # a `grace` is for `Pool.run_service`
+
+    # Ctrl-C must not strike in contextlib's code, before the pool's own is entered or left.
+    @enable_ki_protection
+    async def __aenter__(self) -> Session[T]:
+        return await self._block.__aenter__()
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._block.__aexit__(kind, error, traceback)
+
+
 def _naming_misspelt_options(init: Callable[..., None]) -> Callable[..., None]:
     """Have a constructor say which option was meant."""
     known = inspect.signature(init).parameters
@@ -128,7 +152,7 @@ def _opener(pool: Callable[P, Pool[T]]) -> Callable[P, AbstractAsyncContextManag
         the pool, as `Session.safe_shutdown` does with `shutdown_timeout`. An exit by an exception or by
         a cancellation closes everything at once, within `close_timeout`, shielded.
         """
-        return pool(*arguments, **options)._open(grace=0)
+        return Opening(pool(*arguments, **options))
 
     signature = inspect.signature(open_pool)
     parameters = inspect.signature(pool).parameters.values()

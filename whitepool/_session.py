@@ -26,7 +26,7 @@ from trio.lowlevel import (
 )
 
 from . import _overload as overload
-from ._checks import check_seconds
+from ._checks import OnlyAsyncWith, check_seconds
 from ._entry import HANDED_OVER, Entry, State
 from ._errors import NotCheckedOut, PoolClosed, PoolFull, WorkerLost, describe
 from ._hooks import call, call_now
@@ -457,8 +457,10 @@ def _origin(resource: Resource[Any]) -> str:
 _ENTERED = "this block has been entered already: call worker() for each block"
 
 
-class _Lease(AbstractAsyncContextManager[T], Holder[T]):
+class _Lease(AbstractAsyncContextManager[T], OnlyAsyncWith, Holder[T]):
     """`Session.worker`. A class, because a generator would cost twice as much."""
+
+    _usage = "session.worker() as worker"
 
     def __init__(self, session: Session[T], timeout: float | None) -> None:
         self._session = session

@@ -10,7 +10,7 @@ from psycopg.rows import AsyncRowFactory
 
 from .._hooks import Hooks
 from .._options import NO_HOOKS, Strategy
-from .._pool import Pool
+from .._pool import Opening, Pool
 from ._connection import TrioConnection
 from ._keywords import Configure, Conninfo, K, PoolKeywords, R, Reset
 from ._manager import PostgresManager
@@ -115,5 +115,4 @@ def open_pool(
         held_warning=held_warning,
         hooks=hooks,
     )
-    # `grace` is for `Pool.run_service`, whose clients may be cancelled beside it.
-    return pool._open(grace=0)
+    return Opening(pool)

@@ -59,6 +59,8 @@ class PostgresSession(Session[C], Generic[Row, C]):
 class _CommittingLease(_Lease[K]):
     """`PostgresSession.connection`."""
 
+    _usage = "session.connection() as connection"
+
     @enable_ki_protection
     async def __aexit__(  # type: ignore[override]  # leaving takes time here
         self,
