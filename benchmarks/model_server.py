@@ -16,14 +16,15 @@ are those of Trio's clock.
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
 from typing import Any, TypeVar
+from unittest import mock
 
 import trio
 from outcome import Error
@@ -484,17 +485,19 @@ def simulate(main: Callable[..., Awaitable[T]], *arguments: Any, seed: int = 7) 
 
     Each pool is a process of its own: a checkout there lets no tasks of other processes run.
     """
-    schedule, chance = _run._r.getstate(), random.getstate()
-    is_deterministic = _run._ALLOW_DETERMINISTIC_SCHEDULING
-    busy_time = whitepool._session.BUSY_TIME_OF_TESTS
-    whitepool._session.BUSY_TIME_OF_TESTS = inf
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    _run._r.seed(seed)
-    random.seed(seed)
-    try:
+    with seeded(seed), mock.patch("whitepool._session.BUSY_TIME_OF_TESTS", inf):
         return trio.run(main, *arguments, clock=JumpingClock())
-    finally:
-        whitepool._session.BUSY_TIME_OF_TESTS = busy_time
-        _run._ALLOW_DETERMINISTIC_SCHEDULING = is_deterministic  # type: ignore[misc]
-        _run._r.setstate(schedule)
-        random.setstate(chance)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let a seed determine what is random in a block, and in which order Trio runs its tasks there."""
+    schedule, chance = _run._r.getstate(), random.getstate()
+    with mock.patch.object(_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True):
+        _run._r.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            _run._r.setstate(schedule)
+            random.setstate(chance)

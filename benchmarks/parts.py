@@ -6,6 +6,7 @@ the machine does nothing else. Parts overlap, and do not add up.
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import Any
@@ -27,14 +28,7 @@ Connection = TrioConnection[Any]
 
 def least(part: Callable[[], object]) -> float:
     """Return the microseconds that a function takes."""
-    return 1e6 * min(_time(part) for _ in range(ROUNDS)) / REPEATS
-
-
-def _time(part: Callable[[], object]) -> float:
-    began = perf_counter()
-    for _ in range(REPEATS):
-        part()
-    return perf_counter() - began
+    return 1e6 * min(timeit.repeat(part, number=REPEATS, repeat=ROUNDS)) / REPEATS
 
 
 async def least_async(part: Callable[[], Awaitable[object]]) -> float:

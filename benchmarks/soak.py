@@ -9,17 +9,15 @@ import gc
 import math
 import multiprocessing
 import random
-import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+import psutil
 import psycopg
 import trio
 
@@ -28,7 +26,6 @@ import whitepool.postgres
 from .peers import PEERS, Peer, repeat
 
 MINUTE, CHECKOUTS = 60.0, 1_000_000
-STATM = Path("/proc/self/statm")
 DIE = "SELECT pg_terminate_backend(pg_backend_pid())"
 
 
@@ -53,12 +50,10 @@ def _in_own_process(function: Callable[..., tuple[float, ...]], *arguments: Any)
 
 
 def _memory() -> float:
-    """Return what this process has in memory, in KiB; without a /proc, the most that it ever had."""
+    """Return what this process has in memory, in KiB."""
     gc.collect()
-    if STATM.exists():
-        return int(STATM.read_text().split()[1]) * resource.getpagesize() / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if sys.platform == "darwin" else peak
+    rss: int = psutil.Process().memory_info().rss
+    return rss / 1024
 
 
 def _idle(name: str, dsn: str) -> tuple[float, ...]:

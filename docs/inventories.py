@@ -9,37 +9,25 @@ only these files, so it needs no network, and a page of theirs that moves breaks
 from __future__ import annotations
 
 import re
-import zlib
 from pathlib import Path
-from urllib.request import urlopen
+
+import sphobjinv
 
 PYTHON = r"py:\w+ (\w+|(asyncio|collections|contextlib|contextvars|logging|math|signal|ssl|typing)\..*)"
 KEPT = {"python": PYTHON, "trio": r"py:.*", "psycopg": r"py:.*"}
 
 
-def read(inventory: bytes) -> tuple[bytes, list[str]]:
-    """Split an inventory into its four lines of comment, and its lines ``name domain:role …``."""
-    *comment, compressed = inventory.split(b"\n", 4)
-    return b"\n".join(comment), zlib.decompress(compressed).decode().splitlines()
-
-
-def reduce(inventory: bytes, kept: str) -> bytes:
-    """Keep the names whose role and name match."""
-    comment, lines = read(inventory)
-    found = []
-    for line in lines:
-        parts = re.fullmatch(r"(.+?) (\S+:\S+) (-?\d+) (\S*) (.*)", line)
-        if parts and re.fullmatch(kept, f"{parts[2]} {parts[1]}"):
-            found.append(line)
-    return comment + b"\n" + zlib.compress("\n".join([*sorted(found), ""]).encode(), 9)
-
-
 def main() -> None:
     conf = (Path(__file__).parent / "conf.py").read_text()
     for name, address, file in re.findall(r'"(\w+)": \("(https://\S+)", "(inventories/\S+)"\)', conf):
-        with urlopen(f"{address}/objects.inv", timeout=30) as answer:
-            reduced = reduce(answer.read(), KEPT[name])
-        (Path(__file__).parent / file).write_bytes(reduced)
+        inventory = sphobjinv.Inventory(url=f"{address}/objects.inv")
+        inventory.objects = [
+            one
+            for one in inventory.objects
+            if re.fullmatch(KEPT[name], f"{one.domain}:{one.role} {one.name}")
+        ]
+        reduced = sphobjinv.compress(inventory.data_file(contract=True))
+        sphobjinv.writebytes(Path(__file__).parent / file, reduced)
 
 
 if __name__ == "__main__":

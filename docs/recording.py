@@ -8,7 +8,6 @@ runs `examples/quickstart.py` on a console that remembers when it was shown what
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 from html import escape
@@ -25,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import quickstart  # noqa: E402
-from embedded_postgres import EmbeddedPostgres  # noqa: E402
+from embedded_postgres import database_url  # noqa: E402
 
 COLUMNS, SIZE = 92, 14
 CELL, LINE, MARGIN = 8.4, 19, 12  # pixels
@@ -169,12 +168,8 @@ def record(dsn: str, transfers: int) -> str:
 def main() -> None:
     file = sys.argv[1] if len(sys.argv) > 1 else str(ROOT / "docs/pictures/demo.svg")
     transfers = int(sys.argv[2]) if len(sys.argv) > 2 else quickstart.TRANSFERS
-    dsn = os.environ.get("DATABASE_URL")
-    if dsn:
+    with database_url() as dsn:
         picture = record(dsn, transfers)
-    else:
-        with EmbeddedPostgres() as server:
-            picture = record(server.dsn, transfers)
     Path(file).write_text(picture)
 
 

@@ -7,13 +7,11 @@ Runs against DATABASE_URL, or a PostgreSQL of its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 import trio
-from embedded_postgres import EmbeddedPostgres
+from embedded_postgres import database_url
 
 import whitepool.postgres
 
@@ -86,6 +84,5 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
-    with ExitStack() as stack:
-        url = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedPostgres()).dsn
+    with database_url() as url:
         trio.run(main, url)

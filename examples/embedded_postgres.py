@@ -7,10 +7,13 @@ temporary folder, which is removed at the end.
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -84,6 +87,16 @@ class EmbeddedPostgres:
                 self.stop("immediate")
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def database_url() -> Iterator[str]:
+    """Yield DATABASE_URL, or the connection string of a server of one's own where that is not set."""
+    if url := os.environ.get("DATABASE_URL"):
+        yield url
+    else:
+        with EmbeddedPostgres() as server:
+            yield server.dsn
 
 
 def _load(data: Path) -> tuple[Any, Any]:

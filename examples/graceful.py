@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from signal import SIGINT, SIGTERM
 from socket import SHUT_RD
 from typing import Any
 
 import trio
-from embedded_postgres import EmbeddedPostgres
+from embedded_postgres import database_url
 
 import whitepool.postgres
 
@@ -65,6 +65,5 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
-    with ExitStack() as stack:
-        url = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedPostgres()).dsn
+    with database_url() as url:
         trio.run(main, url)

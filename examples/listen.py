@@ -8,15 +8,14 @@ no job is lost while there is no connection. Runs against DATABASE_URL, or a Pos
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any
 
 import psycopg
 import trio
-from embedded_postgres import EmbeddedPostgres
+from embedded_postgres import database_url
 from psycopg import sql
 
 import whitepool.postgres
@@ -137,6 +136,5 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
-    with ExitStack() as stack:
-        url = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedPostgres()).dsn
+    with database_url() as url:
         trio.run(main, url)

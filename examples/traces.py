@@ -9,15 +9,15 @@ spans. With the name of a file it draws them as well: ``python examples/traces.p
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import trio
-from embedded_postgres import EmbeddedPostgres
+from embedded_postgres import database_url
+from matplotlib.figure import Figure
 from opentelemetry import trace
 from opentelemetry.instrumentation.psycopg import PsycopgInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -78,44 +78,23 @@ def rows(spans: Iterable[ReadableSpan]) -> list[Row]:
     return found
 
 
-HEAD = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760" height="{height}"
-  role="img" aria-labelledby="title-a-trace" color="#1f2328" fill="currentColor"
-  font-family="system-ui, sans-serif" font-size="13">
-  <title id="title-a-trace">Two requests share one connection. The second one waits for it first, and
-  its trace shows for how long.</title>
-  <style>
-    @media (prefers-color-scheme: dark) {{ svg {{ color: #e6edf3 }} .paper {{ fill: #131416 }} }}
-  </style>
-  <rect class="paper" width="760" height="{height}" rx="8" fill="#ffffff"/>
-"""
-BAR = """\
-  <text x="{indent}" y="{base}" font-weight="{weight}">{name}</text>
-  <rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="16" rx="3"
-    fill="{colour}" fill-opacity="0.3" stroke="{colour}"/>
-  <text x="{beside:.1f}" y="{base}" font-size="12">{took:.1f} ms</text>
-"""
-
-
-def draw(rows: list[Row]) -> str:
+def draw(rows: list[Row], path: Path) -> None:
     """Draw spans as bars, to be read on white and on black."""
-    scale = 335 / max(ended for *_, ended, _ in rows)  # pixels for a millisecond
-    picture = HEAD.format(height=24 * len(rows) + 24)
-    for number, (depth, name, begun, ended, is_wait) in enumerate(rows):
-        left, width = 350 + begun * scale, max(2, (ended - begun) * scale)
-        picture += BAR.format(
-            indent=16 + 16 * depth,
-            base=28 + 24 * number,
-            top=16 + 24 * number,
-            weight=400 if depth else 600,
-            name=name,
-            left=left,
-            width=width,
-            beside=left + width + 6,
-            colour="#e8590c" if is_wait else "#3b82f6" if depth else "#808080",
-            took=ended - begun,
-        )
-    return picture + "</svg>\n"
+    grey, blue, orange = "#808080", "#4c8dd6", "#e8590c"
+    look: Any = {"text.color": grey, "svg.fonttype": "none", "svg.hashsalt": "trace"}
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(8, 0.3 * len(rows)), layout="constrained")
+        names, axes = figure.subplots(1, 2, sharey=True, width_ratios=(4, 5))
+        for number, (depth, name, begun, ended, is_wait) in enumerate(rows):
+            names.text(0.06 * depth, number, name, va="center", weight="normal" if depth else "bold")
+            colour = orange if is_wait else blue if depth else grey
+            bar = axes.barh(number, ended - begun, left=begun, height=0.7, color=colour)
+            axes.bar_label(bar, [f"{ended - begun:.1f} ms"], padding=4)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        for panel in (names, axes):
+            panel.set_axis_off()
+        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
 
 
 def main() -> None:
@@ -124,14 +103,13 @@ def main() -> None:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
     PsycopgInstrumentor().instrument()
-    with contextlib.ExitStack() as stack:
-        dsn = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedPostgres()).dsn
-        trio.run(shop, dsn)
+    with database_url() as url:
+        trio.run(shop, url)
     found = rows(exporter.get_finished_spans())
     for depth, name, begun, ended, _ in found:
         print(f"{begun:6.1f} ms  {ended - begun:6.1f} ms  {'  ' * depth}{name}")
     if sys.argv[1:]:
-        Path(sys.argv[1]).write_text(draw(found))
+        draw(found, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ Runs against DATABASE_URL, or a PostgreSQL of its own.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import psycopg
 import trio
-from embedded_postgres import EmbeddedPostgres
+from embedded_postgres import database_url
 
 import whitepool.postgres
 
@@ -106,6 +105,5 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
-    with ExitStack() as stack:
-        url = os.environ.get("DATABASE_URL") or stack.enter_context(EmbeddedPostgres()).dsn
+    with database_url() as url:
         trio.run(main, url)

@@ -9,6 +9,7 @@ import pytest
 from connections import Connection, backend
 from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
+from strict import StrictPostgres
 from timing import alarm
 
 from whitepool.postgres import connect
@@ -36,6 +37,22 @@ def dsn(server: EmbeddedPostgres) -> str:
 @pytest.fixture
 def onlooker(dsn: str) -> Iterator[Onlooker]:
     onlooker = Onlooker(dsn)
+    yield onlooker
+    onlooker.close()
+
+
+@pytest.fixture(scope="module")
+def strict() -> Iterator[StrictPostgres]:
+    """A server that asks for passwords."""
+    with StrictPostgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def superuser(strict: StrictPostgres) -> Iterator[Onlooker]:
+    """Looks at that server, and changes the password of the role `keeper`."""
+    onlooker = Onlooker(strict.unix_dsn)
+    onlooker.do("CREATE ROLE keeper LOGIN")
     yield onlooker
     onlooker.close()
 
@@ -78,6 +95,6 @@ def silent_port() -> Iterator[int]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need PostgreSQL."""
     for item in items:
-        uses_server = "server" in getattr(item, "fixturenames", ())
+        uses_server = {"server", "strict"}.intersection(getattr(item, "fixturenames", ()))
         if uses_server or hasattr(getattr(item, "module", None), "EmbeddedPostgres"):
             item.add_marker(pytest.mark.postgres)

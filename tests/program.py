@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -31,6 +32,27 @@ class Errors:
 
     def read(self) -> str:
         return self.path.read_text()
+
+
+def run(example: str, *arguments: str, **environment: str) -> str:
+    """Run an example to its end, and return what it prints: nothing on stderr."""
+    result = subprocess.run(
+        [sys.executable, "-X", "dev", str(EXAMPLES / example), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "100", **environment},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def rows_of(output: str) -> dict[str, str]:
+    """Return the rows of two columns in the tables that a program has printed."""
+    lines = [line.strip("│").split("│") for line in output.splitlines() if line.startswith("│")]
+    return {what.strip(): number.strip() for what, number in lines}
 
 
 @asynccontextmanager

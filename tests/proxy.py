@@ -8,8 +8,7 @@ from collections.abc import AsyncIterator
 from socket import SO_LINGER, SOL_SOCKET
 
 import trio
-
-HOST = "127.0.0.1"
+from serving import HOST, listening
 
 
 class Link:
@@ -30,10 +29,8 @@ class Link:
 class Proxy:
     """Forwards to a server what it gets on a port of its own, until it is told otherwise."""
 
-    def __init__(self, port: int, server: tuple[str, int]) -> None:
-        self.port = port
-        self.address = {"host": HOST, "port": str(port)}
-        """For `psycopg.conninfo.make_conninfo(dsn, **proxy.address)`."""
+    def __init__(self, server: tuple[str, int]) -> None:
+        self.port = 0
         self.accepted = 0
         """Connections that were accepted, be it to reset them."""
         self.down = False
@@ -44,6 +41,11 @@ class Proxy:
         self._delay = 0.0
         self._flows = trio.Event()
         self._flows.set()
+
+    @property
+    def address(self) -> dict[str, str]:
+        """For `psycopg.conninfo.make_conninfo(dsn, **proxy.address)`."""
+        return {"host": HOST, "port": str(self.port)}
 
     def cut(self, *, reset: bool = False) -> None:
         """Close all connections: in good order (FIN), or by a reset (RST)."""
@@ -104,11 +106,6 @@ class Proxy:
 @contextlib.asynccontextmanager
 async def open_proxy(host: str, port: int) -> AsyncIterator[Proxy]:
     """Run a proxy in front of a server, on 127.0.0.1, for the length of a block."""
-    (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-    proxy = Proxy(listener.socket.getsockname()[1], (host, port))
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
-        try:
-            yield proxy
-        finally:
-            nursery.cancel_scope.cancel()
+    proxy = Proxy((host, port))
+    async with listening(proxy.serve) as proxy.port:
+        yield proxy

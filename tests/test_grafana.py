@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import promql_parser
 import pytest
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from promql_parser import AggregateExpr, BinaryExpr, VectorSelector
 from workshop import Workshop
 
 import whitepool
@@ -46,19 +48,27 @@ async def reported() -> dict[str, set[str]]:
 
 def parse(query: str) -> tuple[set[str], set[str]]:
     """Return the names of metrics and of labels in a query."""
-    clauses = r"\{[^}]*\}|\b(?:by|ignoring) \([^)]*\)"
-    labels = {
-        label
-        for clause in re.findall(clauses, query)
-        for label in re.findall(r"\w+", re.sub(r'"[^"]*"|^(by|ignoring)\b', "", clause))
-    }
-    names = re.findall(r"\b(?:db_client|whitepool)_\w+", re.sub(clauses, "", query))
-    return set(names), labels
+    names, labels = set[str](), set[str]()
+
+    def visit(node: promql_parser.Expr) -> None:
+        if isinstance(node, VectorSelector):
+            names.add(node.name or "")
+            labels.update(matcher.name for matcher in node.matchers.matchers)
+        elif isinstance(node, AggregateExpr) and node.modifier:
+            labels.update(node.modifier.labels)
+        elif isinstance(node, BinaryExpr) and node.modifier and node.modifier.matching:
+            labels.update(node.modifier.matching.labels)
+
+    promql_parser.walk(promql_parser.parse(query.replace("$__rate_interval", "5m")), visit)
+    return names, labels
 
 
 def test_a_query_is_understood() -> None:
-    query = 'sum by (le, a) (rate(db_client_x_total{b=~"$pool", c="d"}[5m])) - whitepool_y'
-    assert parse(query) == ({"db_client_x_total", "whitepool_y"}, {"le", "a", "b", "c"})
+    """And one that is none is refused."""
+    query = 'sum by (le, a) (rate(db_client_x_total{b=~"$pool", c="d"}[5m])) - ignoring (e) whitepool_y'
+    assert parse(query) == ({"db_client_x_total", "whitepool_y"}, {"le", "a", "b", "c", "e"})
+    with pytest.raises(ValueError):
+        parse("sum by (le) (rate(db_client_x_total[$__rate_interval])")
 
 
 async def test_what_it_asks_for_is_reported(

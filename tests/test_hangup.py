@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import trio
+from pairs import PATIENCE, Pair, pair_at
 from trio.testing import wait_all_tasks_blocked
 from workshop import Workshop, check_books
 
@@ -22,12 +23,6 @@ from whitepool._hangup import HangupWatch
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="hang-ups are watched for on Linux only"
 )
-
-Pair = tuple[socket.socket, socket.socket]
-"""Our end of a connection, and the peer's."""
-
-PATIENCE = 0.1
-"""Seconds in which nothing may happen. The kernel would report a hang-up at once."""
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -51,18 +46,6 @@ def connect(kind: str = "unix") -> Pair:
         ours = socket.create_connection(server.getsockname())
         theirs, _ = server.accept()
         return ours, theirs
-
-
-def connect_at(number: int) -> Pair:
-    """Connect, with this number for our descriptor; it must be free."""
-    ours, theirs = connect()
-    if theirs.fileno() == number:
-        return theirs, ours
-    if ours.fileno() != number:
-        moved = socket.socket(fileno=os.dup2(ours.fileno(), number))
-        ours.close()
-        return moved, theirs
-    return ours, theirs
 
 
 async def news(watch: HangupWatch[str]) -> list[str]:
@@ -195,7 +178,7 @@ async def test_a_descriptor_number_that_is_used_again(watch: HangupWatch[str]) -
     watch.add(fileno, "old")
     ours.close()
     theirs.close()
-    ours, theirs = connect_at(fileno)
+    ours, theirs = pair_at(fileno)
     with ours, theirs:
         watch.add(fileno, "new")
         watch.remove(fileno, "old")
@@ -233,7 +216,7 @@ async def test_a_copy_and_a_number_that_is_used_again(watch: HangupWatch[str]) -
     watch.add(fileno, "old")
     ours.close()
     watch.remove(fileno, "old")
-    new_ours, new_theirs = connect_at(fileno)
+    new_ours, new_theirs = pair_at(fileno)
     with new_ours, new_theirs:
         watch.add(fileno, "new")
         theirs.close()

@@ -17,6 +17,7 @@ from embedded_postgres import EmbeddedPostgres
 from program import Errors, everything_was_closed, open_database, run_example
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from serving import HOST, listening
 
 POOL_SIZE = 2
 """Of each process; the service allows for as much overflow."""
@@ -171,10 +172,12 @@ async def test_it_loses_no_request(
             role = await make_role(onlooker, limit)
             dsn = make_conninfo(dsn, user=role)
             balancer = Balancer()
-            async with trio.open_nursery() as nursery, AsyncExitStack() as running:
-                (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-                nursery.start_soon(trio.serve_listeners, balancer.serve, [listener])
-                clients = Clients("http://{}:{}".format(*listener.socket.getsockname()))
+            async with (
+                listening(balancer.serve) as port,
+                trio.open_nursery() as nursery,
+                AsyncExitStack() as running,
+            ):
+                clients = Clients(f"http://{HOST}:{port}")
 
                 async def start(number: int) -> tuple[trio.Process, Errors]:
                     errors = Errors(tmp_path / f"errors-{number}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
+
+import grimp
 
 import whitepool
 from whitepool._entry import TRANSITIONS, State
@@ -12,21 +13,6 @@ from whitepool._entry import TRANSITIONS, State
 PACKAGE = Path(whitepool.__file__).parent
 ROOT = Path(__file__).parent.parent
 ROOMS = re.findall(r"^\| `((?:postgres/)?\w+\.py)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """Return the modules of the package that a module imports when it runs."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.parents[node.level - 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {folder / f"{name}.py" for name in names}
-    return {str(room.relative_to(PACKAGE)) for room in found if room.exists()}
 
 
 def test_every_room_is_in_the_map() -> None:
@@ -37,8 +23,11 @@ def test_every_room_is_in_the_map() -> None:
 
 def test_imports_go_up_the_list() -> None:
     """So there are no circles."""
-    for position, room in enumerate(ROOMS):
-        assert imported_rooms(PACKAGE / room) <= set(ROOMS[:position]), room
+    graph = grimp.build_graph("whitepool", exclude_type_checking_imports=True, cache_dir=None)
+    modules = ["whitepool." + room.removesuffix(".py").replace("/", ".") for room in ROOMS]
+    for position, module in enumerate(modules):
+        imported = graph.find_modules_directly_imported_by(module)
+        assert imported.intersection(modules) <= set(modules[:position]), module
 
 
 def test_only_the_roster_changes_a_state() -> None:

@@ -15,10 +15,10 @@ import pytest
 import trio
 import trio.testing
 from timing import alarm
-from trio._core import _run
 from workshop import Manager, Tool, Workshop, check_books, open_checked_pool, tool_of
 
 import whitepool
+from benchmarks.model_server import seeded
 
 Session = whitepool.Session[Tool]
 SEEDS = range(40)
@@ -37,17 +37,8 @@ def run(seed: int) -> Iterator[Callable[[Callable[[], Awaitable[None]]], None]]:
     def run_it(main: Callable[[], Awaitable[None]]) -> None:
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
-    schedule = _run._r.getstate()
-    jitter = random.getstate()
-    deterministic = _run._ALLOW_DETERMINISTIC_SCHEDULING
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = True  # type: ignore[misc]
-    _run._r.seed(seed)
-    random.seed(seed)
-    with alarm():
+    with seeded(seed), alarm():
         yield run_it
-    _run._ALLOW_DETERMINISTIC_SCHEDULING = deterministic  # type: ignore[misc]
-    _run._r.setstate(schedule)
-    random.setstate(jitter)
 
 
 Run = Callable[[Callable[[], Awaitable[None]]], None]
@@ -294,18 +285,22 @@ def test_a_shutdown_in_the_storm_closes_everything(seed: int, run: Run) -> None:
 def test_a_seed_determines_the_schedule(seed: int, run: Run) -> None:
     """The same seed gives the same order, and it is not the order in which the tasks were started."""
 
-    async def main() -> None:
+    def order() -> list[int]:
+        found: list[int] = []
+
         async def note(number: int) -> None:
-            order.append(number)
+            found.append(number)
 
-        async with trio.open_nursery() as nursery:
-            for number in range(20):
-                nursery.start_soon(note, number)
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                for number in range(20):
+                    nursery.start_soon(note, number)
 
-    orders = []
-    for _ in range(2):
-        order: list[int] = []
-        _run._r.seed(seed)
         run(main)
-        orders.append(order)
-    assert orders[0] == orders[1] != sorted(orders[0])
+        return found
+
+    with seeded(seed):
+        first = order()
+    order()  # chance has gone on when the seed is used again
+    with seeded(seed):
+        assert order() == first != sorted(first)

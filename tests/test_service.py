@@ -174,11 +174,14 @@ async def test_accounts_and_transfers(folder: Path, errors: Errors) -> None:
                 {**order, "amount": -1},
                 {**order, "amount": 10**30},
                 {**order, "payee": 99},
+                {**order, "amount": 1.5},
                 {"payer": 1},
                 [],
             ):
                 response = await http.put(f"/transfers/{uuid4()}", json=nonsense)
                 assert response.status_code == 422
+            nameless = await http.post("/accounts", json={"owner": None, "balance": 1})
+            assert nameless.status_code == 422
             assert (await http.get("/accounts/99")).status_code == 404
             assert (await http.get("/healthz")).status_code == 200
             assert await service.is_ready()

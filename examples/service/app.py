@@ -15,6 +15,7 @@ from uuid import UUID
 import psycopg
 import trio
 from psycopg.rows import dict_row
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -35,6 +36,17 @@ CHECKOUT_TIMEOUT = (
 SCHEMA = (Path(__file__).parent / "schema.sql").read_bytes()
 
 log = logging.getLogger(__package__)
+
+
+class Account(BaseModel):
+    owner: str
+    balance: int
+
+
+class Transfer(BaseModel):
+    payer: int
+    payee: int
+    amount: int
 
 
 @asynccontextmanager
@@ -77,11 +89,11 @@ def table_maker() -> Callable[[Connection], Awaitable[None]]:
 async def open_account(request: Request) -> Response:
     """POST /accounts {"owner": "Ada", "balance": 100}"""
     with trio.fail_after(REQUEST_TIMEOUT):
-        owner, balance = await read(request, owner=str, balance=int)
+        opened = Account.model_validate_json(await request.body())
         session: Session = request.state.session
         async with session.worker(CHECKOUT_TIMEOUT) as connection:
-            insert = "INSERT INTO account (owner, balance) VALUES (%s, %s) RETURNING *"
-            account = await (await connection.execute(insert, (owner, balance))).fetchone()
+            insert = "INSERT INTO account (owner, balance) VALUES (%(owner)s, %(balance)s) RETURNING *"
+            account = await (await connection.execute(insert, opened.model_dump())).fetchone()
     return JSONResponse(account, 201)
 
 
@@ -104,11 +116,11 @@ async def make_transfer(request: Request) -> Response:
     The client chooses the id: where it gets no answer, or a 503, it may safely say the same again.
     """
     with trio.fail_after(REQUEST_TIMEOUT):
-        payer, payee, amount = await read(request, payer=int, payee=int, amount=int)
+        order = Transfer.model_validate_json(await request.body())
         session: Session = request.state.session
         resource = await session.block_checkout(CHECKOUT_TIMEOUT)
         try:
-            made = await transfer(resource.get(), request.path_params["id"], payer, payee, amount)
+            made = await transfer(resource.get(), request.path_params["id"], order)
         except psycopg.errors.ReadOnlySqlTransaction:
             # A primary that was demoted keeps its sessions. The pool can't see that they have become
             # useless, so tell it; a new connection finds the new primary.
@@ -122,13 +134,15 @@ async def make_transfer(request: Request) -> Response:
     return JSONResponse({"made": made}, 201 if made else 200)
 
 
-async def transfer(connection: Connection, id: UUID, payer: int, payee: int, amount: int) -> bool:
+async def transfer(connection: Connection, id: UUID, order: Transfer) -> bool:
     """Move money in one transaction; return False where this transfer was made before."""
     async with connection.transaction():
         insert = "INSERT INTO transfer VALUES (%s, %s, %s, %s) ON CONFLICT DO NOTHING"
-        if not (await connection.execute(insert, (id, payer, payee, amount))).rowcount:
+        values = (id, order.payer, order.payee, order.amount)
+        if not (await connection.execute(insert, values)).rowcount:
             return False
-        for account, change in sorted([(payer, -amount), (payee, amount)]):  # sorted: no deadlocks
+        changes = [(order.payer, -order.amount), (order.payee, order.amount)]
+        for account, change in sorted(changes):  # sorted: no deadlocks
             update = "UPDATE account SET balance = balance + %s WHERE id = %s"
             await connection.execute(update, (change, account))
     return True
@@ -151,15 +165,6 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"ready": ready, **asdict(now)}, 200 if ready else 503)
 
 
-async def read(request: Request, **fields: type) -> list[Any]:
-    """Read fields of a JSON body."""
-    try:
-        body = await request.json()
-        return [kind(body[name]) for name, kind in fields.items()]
-    except (KeyError, TypeError, ValueError) as error:
-        raise HTTPException(422, f"the body must be JSON with {', '.join(fields)}") from error
-
-
 async def unavailable(request: Request, error: Exception) -> Response:
     """Too much is asked, or the database is away. Not all clients should come back at the same time.
 
@@ -172,6 +177,12 @@ async def unavailable(request: Request, error: Exception) -> Response:
 async def refused(request: Request, error: Exception) -> Response:
     """The database refuses it: there is no such account, or not that much money on it."""
     return JSONResponse({"error": "refused"}, 422)
+
+
+async def invalid(request: Request, error: Exception) -> Response:
+    """The body is not what it has to be."""
+    assert isinstance(error, ValidationError)
+    return Response(error.json(include_url=False), 422, media_type="application/json")
 
 
 app = Starlette(
@@ -189,6 +200,7 @@ app = Starlette(
         psycopg.errors.ReadOnlySqlTransaction: unavailable,
         psycopg.IntegrityError: refused,
         psycopg.DataError: refused,
+        ValidationError: invalid,
     },
     lifespan=lifespan,
 )

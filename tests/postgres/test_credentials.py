@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -22,20 +22,6 @@ from whitepool.postgres import PostgresManager, open_pool
 
 FIRST = "the first password"
 STALE = "hunter2hunter2"
-
-
-@pytest.fixture(scope="module")
-def strict() -> Iterator[StrictPostgres]:
-    with StrictPostgres() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def superuser(strict: StrictPostgres) -> Iterator[Onlooker]:
-    onlooker = Onlooker(strict.unix_dsn)
-    onlooker.do("CREATE ROLE keeper LOGIN")
-    yield onlooker
-    onlooker.close()
 
 
 class Secret:

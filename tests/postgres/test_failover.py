@@ -20,6 +20,7 @@ from onlooker import Onlooker
 from proxy import Proxy
 from psycopg import pq
 from psycopg.conninfo import make_conninfo
+from serving import listening
 from standby import REPLICATING, Standby, replicate_synchronously
 from timing import until
 from workshop import check_books
@@ -339,27 +340,26 @@ async def test_a_name_that_leads_elsewhere(
         return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (found, int(port)))]
 
     # The other server has another port: a proxy on another address of this machine leads to it.
-    (listener,) = await trio.open_tcp_listeners(pair.primary.port, host="127.0.0.2")
-    proxy = Proxy(pair.primary.port, ("127.0.0.1", server.port))
+    proxy = Proxy(("127.0.0.1", server.port))
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     conninfo = make_conninfo(pair.conninfo(pair.primary, want="any"), host="db.invalid")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
-        with trio.fail_after(10):
-            async with open_pool(conninfo, pool_size=3, max_overflow=0) as pool:
-                assert lookups == 3
-                address = "127.0.0.2"
+    with trio.fail_after(10):
+        async with (
+            listening(proxy.serve, pair.primary.port, "127.0.0.2"),
+            open_pool(conninfo, pool_size=3, max_overflow=0) as pool,
+        ):
+            assert lookups == 3
+            address = "127.0.0.2"
+            async with pool.worker() as connection:
+                assert await port_of(connection) == pair.primary.port
+            assert lookups == 3
+            pool.retire_all()
+            await until(lambda: pool.statistics().retired == 3 and pool.statistics().idle == 3)
+            assert lookups == 6
+            for _ in range(3):
                 async with pool.worker() as connection:
-                    assert await port_of(connection) == pair.primary.port
-                assert lookups == 3
-                pool.retire_all()
-                await until(lambda: pool.statistics().retired == 3 and pool.statistics().idle == 3)
-                assert lookups == 6
-                for _ in range(3):
-                    async with pool.worker() as connection:
-                        assert connection.info.hostaddr == "127.0.0.2"
-                        assert await port_of(connection) == server.port
-        nursery.cancel_scope.cancel()
+                    assert connection.info.hostaddr == "127.0.0.2"
+                    assert await port_of(connection) == server.port
 
 
 # -- Readers and a writer ---------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import psycopg
 import pytest
 import trio
 from connections import closing
+from serving import listening
 from timing import alarm
 from workshop import check_books
 
@@ -580,11 +581,8 @@ async def test_found(
     async def serve(stream: trio.SocketStream) -> None:
         await kind(random.Random(1), 0).serve(stream)
 
-    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    port = listener.socket.getsockname()[1]
     with alarm(10):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.serve_listeners, serve, [listener])
+        async with listening(serve) as port:
             connection: Connection = await connect(
                 f"host=127.0.0.1 port={port} user=fuzz sslmode=disable gssencmode=disable",
                 cleanup_timeout=CLEANUP,
@@ -599,7 +597,6 @@ async def test_found(
                         raise
             assert trio.current_time() - begun < 1
             await connection.close()
-            nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":

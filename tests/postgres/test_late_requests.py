@@ -15,12 +15,11 @@ from connections import SLOW, Connection, ask, check_usable
 from embedded_postgres import EmbeddedPostgres
 from psycopg import capabilities
 from psycopg.conninfo import make_conninfo
+from serving import HOST, forward, listening
 from timing import until
 from tls_proxy import CANCEL_REQUEST, GSS_REQUEST, SSL_REQUEST
 
 from whitepool.postgres import connect, open_pool
-
-HOST = "127.0.0.1"
 
 pytestmark = pytest.mark.skipif(
     not capabilities.has_cancel_safe(), reason="an older libpq does not see the end of its request"
@@ -30,8 +29,8 @@ pytestmark = pytest.mark.skipif(
 class LateProxy:
     """Forwards everything, but has its way with the connections on which a request to cancel comes."""
 
-    def __init__(self, port: int, server_port: int) -> None:
-        self.address = {"host": HOST, "port": str(port)}
+    def __init__(self, server_port: int) -> None:
+        self.address: dict[str, str] = {}
         self.end = "reset"
         """What the client sees of its request: a reset, or nothing at all."""
         self.delivered = trio.Event()
@@ -58,27 +57,15 @@ class LateProxy:
                     self.arrived += 1
                     return
                 await far.send_all(greeting)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._forward, near, far, nursery.cancel_scope)
-                    nursery.start_soon(self._forward, far, near, nursery.cancel_scope)
-
-    async def _forward(
-        self, source: trio.SocketStream, sink: trio.SocketStream, life: trio.CancelScope
-    ) -> None:
-        with suppress(trio.BrokenResourceError):
-            async for data in source:
-                await sink.send_all(data)
-        life.cancel()
+                await forward(near, far)
 
 
 @asynccontextmanager
 async def open_late_proxy(server: EmbeddedPostgres) -> AsyncIterator[LateProxy]:
-    (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-    proxy = LateProxy(listener.socket.getsockname()[1], server.port)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
+    proxy = LateProxy(server.port)
+    async with listening(proxy.serve) as port:
+        proxy.address = {"host": HOST, "port": str(port)}
         yield proxy
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("end", ["reset", "silence"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +39,19 @@ class CountingManager(PostgresManager):
 
 
 @pytest.fixture(scope="module")
-def strict() -> Iterator[StrictPostgres]:
-    with StrictPostgres() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def superuser(strict: StrictPostgres) -> Iterator[Onlooker]:
-    onlooker = Onlooker(strict.unix_dsn)
-    onlooker.do("CREATE ROLE trusted LOGIN")
-    onlooker.do("CREATE ROLE mute NOLOGIN")
-    onlooker.do("CREATE DATABASE closed")
-    onlooker.do("CREATE DATABASE private")
-    onlooker.do("REVOKE CONNECT ON DATABASE private FROM public")
-    yield onlooker
-    onlooker.close()
+def places(superuser: Onlooker) -> None:
+    """Roles and databases with other rules."""
+    superuser.do("CREATE ROLE trusted LOGIN")
+    superuser.do("CREATE ROLE mute NOLOGIN")
+    superuser.do("CREATE DATABASE closed")
+    superuser.do("CREATE DATABASE private")
+    superuser.do("REVOKE CONNECT ON DATABASE private FROM public")
 
 
 @pytest.fixture
-def address(strict: StrictPostgres, superuser: Onlooker) -> str:
+def address(strict: StrictPostgres, superuser: Onlooker, places: None) -> str:
     """How to connect as a user with a password; without the password."""
-    superuser.do("DROP ROLE IF EXISTS keeper")
-    superuser.do("CREATE ROLE keeper LOGIN")
+    superuser.do("ALTER ROLE keeper LOGIN")
     set_password(superuser, RIGHT)
     return f"host=127.0.0.1 port={strict.port} user=keeper dbname=postgres"
 

@@ -19,7 +19,9 @@ from connections import BIG, SLOW, Connection, ask, backend, check_usable, closi
 from embedded_postgres import EmbeddedPostgres
 from keyboard import listening_to_ctrl_c, press_ctrl_c
 from onlooker import Onlooker
-from tls_proxy import HOST, open_tls_proxy, server_context
+from pairs import PATIENCE, Pair, pair_at
+from serving import HOST
+from tls_proxy import open_tls_proxy, server_context
 from trio.lowlevel import checkpoint
 from trio.testing import wait_all_tasks_blocked
 
@@ -27,12 +29,6 @@ from whitepool.postgres import _readiness, connect
 from whitepool.postgres._readiness import _together, notify_closing, wait_readable
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only on Linux do tasks wait together")
-
-Pair = tuple[socket.socket, socket.socket]
-"""Our end of a connection, and the peer's."""
-
-PATIENCE = 0.1
-"""Seconds in which nothing may happen. The kernel would report it at once."""
 
 
 @pytest.fixture
@@ -71,18 +67,6 @@ class Waiting:
                 raise
         else:
             self.outcome = "readable"
-
-
-def at_number(number: int) -> Pair:
-    """Connect, with this number for our end; it must be free."""
-    ours, theirs = socket.socketpair()
-    if theirs.fileno() == number:
-        return theirs, ours
-    if ours.fileno() != number:
-        moved = socket.socket(fileno=os.dup2(ours.fileno(), number))
-        ours.close()
-        return moved, theirs
-    return ours, theirs
 
 
 def open_descriptors() -> int:
@@ -237,7 +221,7 @@ async def test_a_number_that_is_used_again(nursery: trio.Nursery) -> None:
         await wait_readable(number)
     ours.close()
     peer.close()
-    ours, peer = at_number(number)
+    ours, peer = pair_at(number)
     with ours, peer:
         task = Waiting(nursery, ours)
         await wait_all_tasks_blocked()
@@ -255,7 +239,7 @@ async def test_a_copy_and_a_number_that_is_used_again() -> None:
         await wait_readable(number)
     copy = os.dup(number)
     ours.close()
-    ours, peer = at_number(number)
+    ours, peer = pair_at(number)
     looks = 0
     with ours, peer, trio.move_on_after(PATIENCE):
         last_peer.close()

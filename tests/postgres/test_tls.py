@@ -14,8 +14,9 @@ from connections import backend, check_usable
 from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
 from psycopg.conninfo import make_conninfo
+from serving import HOST, listening
 from timing import until
-from tls_proxy import HOST, TLSProxy, open_tls_proxy, server_context
+from tls_proxy import TLSProxy, open_tls_proxy, server_context
 from workshop import check_books
 
 import whitepool
@@ -346,16 +347,13 @@ async def test_an_attempt_that_hangs_in_the_handshake(server: EmbeddedPostgres) 
             await stream.send_all(b"S")
             await trio.sleep_forever()
 
-    (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-    silent = f"host={HOST} port={listener.socket.getsockname()[1]} user=postgres sslmode=require"
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, serve, [listener])
+    async with listening(serve) as port:
+        silent = f"host={HOST} port={port} user=postgres sslmode=require"
         with trio.move_on_after(0.1) as scope:
             await connect(silent)
         assert scope.cancelled_caught
         with trio.fail_after(4), pytest.raises(psycopg.errors.ConnectionTimeout):
             await connect(silent, connect_timeout=2)
-        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("record", [8192, 100])

@@ -10,8 +10,7 @@ from socket import MSG_PEEK, SO_LINGER, SOL_SOCKET
 
 import trio
 import trustme
-
-HOST = "127.0.0.1"
+from serving import HOST, forward, listening
 
 # What a client may say before anything else: eight bytes, of which the first four are their number.
 SSL_REQUEST = struct.pack("!ii", 8, 80877103)
@@ -38,8 +37,8 @@ def server_context(
 class TLSProxy:
     """Forwards to a server, on a port of its own. It counts, and it can hang up."""
 
-    def __init__(self, port: int, server_port: int, context: ssl.SSLContext | None) -> None:
-        self.port = port
+    def __init__(self, server_port: int, context: ssl.SSLContext | None) -> None:
+        self.port = 0
         self.context = context
         """None: TLS is off."""
         self.record = RECORD
@@ -92,10 +91,9 @@ class TLSProxy:
         else:
             self.encrypted += 1
         server = await trio.open_tcp_stream(HOST, self._server_port)
-        async with server, trio.open_nursery() as nursery:
+        async with server:
             await server.send_all(greeting)
-            nursery.start_soon(self._forward, near, server, nursery.cancel_scope)
-            nursery.start_soon(self._forward, server, near, nursery.cancel_scope)
+            await forward(near, server, self.record)
         await near.aclose()  # with a goodbye in TLS, as PostgreSQL says it
 
     async def _shake_hands(self, stream: trio.SocketStream) -> trio.SSLStream[trio.SocketStream]:
@@ -111,14 +109,6 @@ class TLSProxy:
             raise
         return secure
 
-    async def _forward(
-        self, source: trio.abc.ReceiveStream, sink: trio.abc.SendStream, life: trio.CancelScope
-    ) -> None:
-        with contextlib.suppress(trio.BrokenResourceError):
-            while data := await source.receive_some(self.record):
-                await sink.send_all(data)
-        life.cancel()
-
 
 async def _peek(stream: trio.SocketStream, count: int) -> bytes:
     """Return the next bytes, and leave them to be received."""
@@ -133,11 +123,6 @@ async def _take(stream: trio.SocketStream, count: int) -> None:
 @contextlib.asynccontextmanager
 async def open_tls_proxy(server_port: int, context: ssl.SSLContext | None) -> AsyncIterator[TLSProxy]:
     """Run a proxy in front of a server, for the length of a block."""
-    (listener,) = await trio.open_tcp_listeners(0, host=HOST)
-    proxy = TLSProxy(listener.socket.getsockname()[1], server_port, context)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(trio.serve_listeners, proxy.serve, [listener])
-        try:
-            yield proxy
-        finally:
-            nursery.cancel_scope.cancel()
+    proxy = TLSProxy(server_port, context)
+    async with listening(proxy.serve) as proxy.port:
+        yield proxy
