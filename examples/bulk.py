@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import trio
-from embedded_postgres import database_url
 
 import whitepool.postgres
 
@@ -84,5 +83,7 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
+    from embedded_postgres import database_url
+
     with database_url() as url:
         trio.run(main, url)

@@ -15,7 +15,6 @@ from typing import Any
 
 import psycopg
 import trio
-from embedded_postgres import database_url
 from psycopg import sql
 
 import whitepool.postgres
@@ -136,5 +135,7 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
+    from embedded_postgres import database_url
+
     with database_url() as url:
         trio.run(main, url)

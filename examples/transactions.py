@@ -14,26 +14,12 @@ from typing import Any, TypeVar
 
 import psycopg
 import trio
-from embedded_postgres import database_url
 
 import whitepool.postgres
 
 Connection = whitepool.postgres.TrioConnection[Any]
 Session = whitepool.postgres.PostgresSession[Any]
 T = TypeVar("T")
-
-
-async def balance(session: Session) -> int:
-    async with session.connection() as connection:
-        cursor = await connection.execute("SELECT sum(amount) FROM entry")
-        row = await cursor.fetchone()
-        assert row is not None
-        return int(row[0])
-
-
-async def add(connection: Connection, amount: int) -> None:
-    await connection.execute("INSERT INTO entry VALUES (%s)", (amount,))
-
 
 CONFLICTS = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
 
@@ -60,6 +46,18 @@ async def transact(
                 raise
         await trio.sleep(pause)
         attempt += 1
+
+
+async def balance(session: Session) -> int:
+    async with session.connection() as connection:
+        cursor = await connection.execute("SELECT sum(amount) FROM entry")
+        row = await cursor.fetchone()
+        assert row is not None
+        return int(row[0])
+
+
+async def add(connection: Connection, amount: int) -> None:
+    await connection.execute("INSERT INTO entry VALUES (%s)", (amount,))
 
 
 async def double(connection: Connection) -> None:
@@ -105,5 +103,7 @@ async def main(dsn: str) -> None:
 
 
 if __name__ == "__main__":
+    from embedded_postgres import database_url
+
     with database_url() as url:
         trio.run(main, url)

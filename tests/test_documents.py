@@ -10,7 +10,7 @@ server. They may await at their top level. What a reader need not see stands in 
 `stack` is an `AsyncExitStack` that is left at the end of the page. A block that calls ``trio.run`` is a
 program, and runs in a thread of its own. One that begins with the name of a file, as a comment, is put
 into that file; a later block must have it run (`Page.launch`, `Page.finish`). A page that defines tests
-is a test module, and pytest runs it.
+is a test module, and pytest runs it. A block of ``diff`` changes a file of another page (`Page.adapt`).
 
 A block of ``pytb`` is how the block of Python before it ends: with this error, as it is printed. ``…``
 is any text.
@@ -23,9 +23,12 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 import traceback
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from functools import partial
@@ -55,6 +58,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 LANGUAGES = {
     "python",
     "sh",
@@ -65,11 +69,18 @@ LANGUAGES = {
     "text",
     "pytb",
     "json",
+    "diff",
     "yaml",
     "erlang",
     "rust",
 }
 INVISIBLE = re.compile(r"<!-- invisible-code-block: (\w+)\n(.*)^-->$", re.MULTILINE | re.DOTALL)
+SUBMODULES = {"whitepool.postgres", "whitepool.telemetry", "whitepool.live", "trio.testing"}
+"""These are there only when they, too, have been imported."""
+
+FILE = re.compile(r"# (\w+\.py)\n")
+"""How a block begins that is a file."""
+
 HOSTS = {"db", "db1", "db2", "pgbouncer"}
 """Names under which the documents know the embedded server."""
 
@@ -82,6 +93,7 @@ class Block(NamedTuple):
     source: str
     error: str = ""
     """How it must end."""
+    is_visible: bool = True
 
 
 def parse(text: str) -> list[Token]:
@@ -92,14 +104,14 @@ def blocks(page: Path) -> Iterator[Block]:
     """Find the blocks of a page, also those in comments; `line` is the first one of the source."""
     tokens = parse(page.read_text())
     for token, following in zip_longest(tokens, tokens[1:]):
-        language, source = token.info, token.content
+        language, source, is_visible = token.info, token.content, True
         if invisible := INVISIBLE.match(source if token.type == "html_block" else ""):
-            language, source = invisible.groups()
+            language, source, is_visible = *invisible.groups(), False
         elif token.type != "fence" or language.startswith("{"):  # one of Sphinx's directives
             continue
         assert token.map
         error = following.content if following and following.info == "pytb" else ""
-        yield Block(language, token.map[0] + 2, source, error)
+        yield Block(language, token.map[0] + 2, source, error, is_visible)
 
 
 def python_blocks(page: Path) -> list[Block]:
@@ -155,8 +167,10 @@ async def test_python(page: Path, reachable: dict[str, str], tmp_path: Path) -> 
 class Program(AbstractAsyncContextManager["Program"]):
     """A program in a process of its own, which does not outlive the block."""
 
-    def __init__(self, process: trio.Process, errors: Path) -> None:
+    def __init__(self, process: trio.Process, output: Path, errors: Path) -> None:
         self.process = process
+        self.output = output
+        """What it prints."""
         self.errors = errors
         """What it prints on stderr."""
 
@@ -181,9 +195,9 @@ class Page:
             stack.enter_context(trio.fail_after(60))
             namespace: dict[str, Any] = {"__name__": self.path.stem, "stack": stack}
             namespace.update(psycopg=psycopg, trio=trio, whitepool=whitepool)
-            namespace.update(launch=self.launch, finish=self.finish)
+            namespace.update(launch=self.launch, finish=self.finish, adapt=self.adapt)
             for block in found:
-                if file := re.match(r"# (\w+\.py)\n", block.source):
+                if file := FILE.match(block.source):
                     (self.folder / file[1]).write_text(block.source)
                     self.files.add(file[1])
                 elif block.error:
@@ -226,12 +240,26 @@ class Page:
         self.executed += len(self.files.intersection(files))
         self.files.difference_update(files)
         command = [sys.executable, "-X", "dev", str(self.folder / files[-1])]
-        errors = self.folder / "stderr"
-        with errors.open("w") as stderr:
+        output, errors = self.folder / "stdout", self.folder / "stderr"
+        with output.open("w") as stdout, errors.open("w") as stderr:
             process = await trio.lowlevel.open_process(
-                command, env={**os.environ, **environment}, stderr=stderr
+                command, env={**os.environ, **environment}, stdout=stdout, stderr=stderr
             )
-        return Program(process, errors)
+        return Program(process, output, errors)
+
+    def adapt(self, path: str, *files: str) -> None:
+        """Write files of another page, with the changes that this page makes to them."""
+        sources = {file: source_of(self.path.parent / path, file) for file in files}
+        for block in blocks(self.path):
+            if block.language == "diff":
+                rows = block.source.splitlines(keepends=True)
+                before = "".join(row[1:] for row in rows if row[0] != "+")
+                after = "".join(row[1:] for row in rows if row[0] != "-")
+                where = f"{self.path}:{block.line}"
+                assert sum(source.count(before) for source in sources.values()) == 1, where
+                sources = {file: text.replace(before, after) for file, text in sources.items()}
+        for file, text in sources.items():
+            (self.folder / file).write_text(text)
 
     async def finish(self, file: str) -> str:
         """Run a file to its end, and return what it prints."""
@@ -242,19 +270,46 @@ class Page:
         return result.stdout.decode()
 
 
-async def run_as_tests(page: Path, found: list[Block], folder: Path) -> int:
-    """Put the blocks into a module, each where it is on the page, and have pytest run that."""
+def source_of(page: Path, file: str) -> str:
+    """Return the source of a file that a page shows."""
+    (source,) = (
+        block.source for block in python_blocks(page) if block.source.startswith(f"# {file}\n")
+    )
+    return source
+
+
+def write_tests(page: Path, found: list[Block], folder: Path) -> None:
+    """Fill the folder as a reader does who follows the page.
+
+    It has the tutorial's service, the page's configuration, and in `tests` its files, beside the
+    examples that should be copied. The other blocks make a module, each where it is on the page.
+    """
+    (folder / "shop.py").write_text(source_of(TUTORIAL, "shop.py"))
+    (configuration,) = (block.source for block in blocks(page) if block.language == "ini")
+    (folder / "pytest.ini").write_text(configuration)
+    tests = folder / "tests"
+    tests.mkdir()
+    for example in re.findall(r"\]\((\S+/examples/\w+\.py)\)", page.read_text()):
+        shutil.copy(page.parent / example, tests)
     lines: list[str] = []
     for block in found:
-        lines += [""] * (block.line - 1 - len(lines)) + block.source.splitlines()
-    module = folder / f"test_{page.stem}.py"
-    module.write_text("\n".join(lines) + "\n")
-    # What a page tells its readers to copy from there.
-    copied = f"pythonpath = {ROOT / 'examples'}\n"
-    (folder / "pytest.ini").write_text("[pytest]\ntrio_mode = true\nfilterwarnings = error\n" + copied)
+        if file := FILE.match(block.source):
+            (tests / file[1]).write_text(block.source)
+        else:
+            lines += [""] * (block.line - 1 - len(lines)) + block.source.splitlines()
+    (tests / f"test_{page.stem}.py").write_text("\n".join(lines) + "\n")
+
+
+PYTEST = "import sys, pytest; sys.path.remove(''); sys.exit(pytest.console_main())"
+"""The command `pytest`, which does not import from the current folder, as `python -m pytest` does."""
+
+
+async def run_as_tests(page: Path, found: list[Block], folder: Path) -> int:
+    """Have pytest run the blocks."""
+    write_tests(page, found, folder)
     options = "-q -p no:cacheprovider -p pytest_trio.plugin"
     result = await trio.run_process(
-        [sys.executable, "-m", "pytest", *options.split(), str(module)],
+        [sys.executable, "-c", PYTEST, *options.split()],
         cwd=folder,
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_stdout=True,
@@ -265,16 +320,82 @@ async def run_as_tests(page: Path, found: list[Block], folder: Path) -> int:
     return len(found)
 
 
+INTRODUCED = {
+    "anything.md": {"port"},
+    "bulk.md": {"folder", "path", "session", "show_progress"},
+    "listen.md": {"run_schedule"},
+    "live.md": {"serve"},
+    "logs.md": {"connect"},
+    "metrics.md": {"serve"},
+    "mistakes.md": {"session"},
+    "overload.md": {"session"},
+    "postgres.md": {"ask_for_token", "connection"},
+    "retries.md": {"session"},
+    "types.md": {"admin"},
+}
+"""Names that a page tells its reader of, in words, before it uses them."""
+
+
+def shown(page: Path) -> Iterator[tuple[int, str]]:
+    """Find all Python that a reader sees, with the line of the page: blocks, and parts of files."""
+    for block in blocks(page):
+        if block.language == "python" and block.is_visible:
+            yield block.line, block.source
+    text = page.read_text()
+    for part in re.finditer(r"^ *```{literalinclude} (\S+)\n(.*?)```$", text, re.MULTILINE | re.DOTALL):
+        options = dict(re.findall(r":([\w-]+): \"?([^\"\n]+)", part[2]))
+        if "start-at" in options:
+            rows = (page.parent / part[1]).read_text().splitlines()
+            first = next(n for n, row in enumerate(rows) if options["start-at"] in row)
+            ends = [n for n, row in enumerate(rows) if options.get("end-before", "\0") in row]
+            last = min((n for n in ends if n > first), default=len(rows))
+            yield text.count("\n", 0, part.start()) + 1, textwrap.dedent("\n".join(rows[first:last]))
+
+
+@each_page
+def test_what_is_shown_is_complete(page: Path) -> None:
+    """A reader who types what a page shows, from its top, has every name that is used.
+
+    What a block in a comment defines is no help to readers, nor is a module that only this test has
+    imported.
+    """
+    modules: dict[str, set[str]] = defaultdict(set)
+    programs: dict[str, list[str]] = defaultdict(lambda: ["async def page():", "    pass"])
+    for number, source in sorted(shown(page)):
+        file = FILE.match(source)
+        program = file[1] if file else ""  # a file has to be complete by itself
+        lines = programs[program]
+        lines += [""] * (number - 1 - len(lines))
+        lines += ["    " + row for row in source.splitlines()]
+        found = list(ast.walk(ast.parse(source)))
+        for node in found:
+            if isinstance(node, ast.Import):
+                modules[program] |= {name.name for name in node.names}
+        for node in found:
+            if isinstance(node, ast.Attribute) and (name := ast.unparse(node)) in SUBMODULES:
+                assert name in modules[program], f"{page}:{number}: import {name}"
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821"]
+    undefined = ""
+    for lines in programs.values():
+        result = subprocess.run([*command, "-"], input="\n".join(lines), capture_output=True, text=True)
+        assert "invalid-syntax" not in result.stdout, result.stdout
+        undefined += result.stdout
+    names = set(re.findall(r"F821 Undefined name `(\w+)`", undefined))
+    assert names <= INTRODUCED.get(page.name, set()), undefined
+    prose = re.sub(r"^ *```.*?```$|<!--.*?-->", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert all(f"`{name}`" in prose for name in names)
+
+
 def exists(page: Path, named: str) -> bool:
-    """Say whether there is a file of this name, in the project or made by a block of the page."""
+    """Say whether there is a file of this name, in the project or made by a page or by the tutorial."""
     places = ("", "tests", "tests/postgres", "examples", "whitepool", "benchmarks", "docs")
-    is_made = f"```python\n# {named}\n" in page.read_text()
+    is_made = any(f"```python\n# {Path(named).name}\n" in made.read_text() for made in (page, TUTORIAL))
     return is_made or any((ROOT / place / named).exists() for place in places)
 
 
 def commands(block: Block) -> list[str]:
     """Split a block of shell. A command may go on on the next line, inside its quotes."""
-    source = re.sub(r"(^|\s)#.*", "", block.source) if block.language == "sh" else ""
+    source = re.sub(r"(^|\s)#.*|\\\n", "", block.source) if block.language == "sh" else ""
     one = re.compile(r"^(?:[^'\"\n]|'[^']*'|\"[^\"]*\")+$", re.MULTILINE)
     assert not one.sub("", source).strip(), f"{block}: what is this?"
     return one.findall(source)
