@@ -319,11 +319,12 @@ async def test_a_late_pool_gets_its_share(
             await trio.sleep(60)
             assert min(served.values()) - begun < 1.25 * sharing.GAP / sharing.PRICE / places + 5
             at_work = [0, 0]
-            for _ in range(600):
+            # Where all is overflow, up to 12 % of the places were idle in a minute, and 7 % in four.
+            for _ in range(2400):
                 await trio.sleep(0.1)
                 at_work[0] += first.statistics().in_use
                 at_work[1] += late.statistics().in_use
-            assert sum(at_work) > 0.9 * 600 * places
+            assert sum(at_work) > 0.9 * 2400 * places
             # Two alone share less evenly than many: a place is seldom wanted in the moment it is left.
             assert max(at_work) < 9 * min(at_work)
             nursery.cancel_scope.cancel()

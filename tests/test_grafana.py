@@ -83,6 +83,8 @@ async def test_what_it_asks_for_is_reported(
             assert names and names <= reported.keys(), target
             used = {*labels, *re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])}
             assert used <= set().union(*(reported[name] for name in names)), target
+            # Else it would show the last number for an hour after the service has gone: "up".
+            assert target.get("instant", False) == (panel["type"] == "stat"), target
             asked |= names
     (pool,) = (variable for variable in dashboard["templating"]["list"] if variable["name"] == "pool")
     (name, label) = re.fullmatch(r"label_values\((\w+), (\w+)\)", pool["query"]).groups()  # type: ignore[union-attr]

@@ -25,7 +25,7 @@ from whitepool._log import PoolLog
 from whitepool._manager import on_discarded, on_misconfigured
 
 PACKAGE = Path(whitepool.__file__).parent
-PAGE = PACKAGE.parent / "docs" / "howto" / "logs.md"
+PAGE = Path(__file__).parent.parent / "docs" / "howto" / "logs.md"
 
 
 @pytest.fixture(autouse=True)

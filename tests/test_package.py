@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.message import Message
 from pathlib import Path
 
@@ -39,6 +41,20 @@ def build(source: Path, to: Path) -> list[Path]:
     return sorted(to.iterdir())
 
 
+@contextmanager
+def at_address(address: str, source: Path) -> Iterator[None]:
+    """Make this the address of the repository, or none, whichever is chosen by now."""
+    pyproject = source / "pyproject.toml"
+    before = pyproject.read_text()
+    after, found = re.subn(r'(?m)^repository = ".*"$', f'repository = "{address}"', before)
+    assert found == 1
+    pyproject.write_text(after)
+    try:
+        yield
+    finally:
+        pyproject.write_text(before)
+
+
 def metadata(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
@@ -51,8 +67,9 @@ def relative_links(text: str) -> list[str]:
 
 
 def test_what_an_index_shows(source: Path, tmp_path: Path) -> None:
-    """The README, without what leads nowhere; as long as no address is chosen, it names files."""
-    wheel, sdist = build(source, tmp_path)
+    """The README, without what leads nowhere; where no address is chosen, it names files."""
+    with at_address("", source):
+        wheel, sdist = build(source, tmp_path)
     checks: list[list[str | Path]] = [
         ["twine", "check", "--strict", wheel, sdist],
         ["check_wheel_contents", wheel],
@@ -73,14 +90,9 @@ def test_what_an_index_shows(source: Path, tmp_path: Path) -> None:
 
 
 def test_one_setting_makes_every_address(source: Path, tmp_path: Path) -> None:
-    pyproject = source / "pyproject.toml"
-    before = pyproject.read_text()
     address = "https://example.com/whitepool"
-    pyproject.write_text(before.replace('repository = ""', f'repository = "{address}"'))
-    try:
+    with at_address(address, source):
         wheel, _ = build(source, tmp_path)
-    finally:
-        pyproject.write_text(before)
     package = metadata(wheel)
     text = package.get_payload()
     assert isinstance(text, str)
@@ -118,10 +130,11 @@ def test_nothing_internal_is_published(source: Path, tmp_path: Path) -> None:
         ("a change", "not committed"),
         ("no heading", "has no heading"),
         ("unreleased", "entries under Unreleased"),
+        ("misspelt", "usage: "),
     ],
 )
 def test_a_release_is_refused(wrong: str, complaint: str, tmp_path: Path) -> None:
-    """Before anything is built: for a commit without its tag, a change, or a changelog without it."""
+    """Before anything is built: for a commit without its tag, a change, or a wrong changelog."""
     version = whitepool.__version__
 
     def git(*command: str) -> None:
@@ -140,7 +153,8 @@ def test_a_release_is_refused(wrong: str, complaint: str, tmp_path: Path) -> Non
         git("tag", f"v{version}")
     if wrong == "a change":
         (tmp_path / "news").touch()
-    release = subprocess.run([tmp_path / ".ci/release"], capture_output=True, text=True)
+    arguments = ["--uplaod"] if wrong == "misspelt" else []
+    release = subprocess.run([tmp_path / ".ci/release", *arguments], capture_output=True, text=True)
     assert release.returncode == 1
     assert complaint in release.stderr
     assert not (tmp_path / "dist").exists()
