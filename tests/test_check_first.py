@@ -219,8 +219,8 @@ async def test_each_waiter_has_a_probe_of_its_own(autojump_clock: MockClock) -> 
 async def test_slow_answers_one_after_the_other(autojump_clock: MockClock) -> None:
     """Each is given up at its own time, also where they began at different times."""
     manager = Asked()
-    async with open_checked_pool(manager, pool_size=2, max_overflow=2, check_interval=0) as session:
-        manager.answers = dict.fromkeys((1, 2), hang)
+    async with open_checked_pool(manager, pool_size=3, max_overflow=3, check_interval=0) as session:
+        manager.answers = dict.fromkeys((1, 2, 3), hang)
         waits: list[float] = []
 
         async def client(after: float) -> None:
@@ -233,9 +233,10 @@ async def test_slow_answers_one_after_the_other(autojump_clock: MockClock) -> No
         async with trio.open_nursery() as nursery:
             nursery.start_soon(client, 0)
             nursery.start_soon(client, 0.04)
-        # The second probe was begun for the second client; the first is served by a start, and that
-        # comes when the first probe is late.
-        assert waits == [pytest.approx(PROMPT_ANSWER), pytest.approx(PROMPT_ANSWER)]
+            nursery.start_soon(client, 0.08)
+        # Each probe was begun for its client; the client is served by a start, and that comes when the
+        # probe is late.
+        assert waits == [pytest.approx(PROMPT_ANSWER)] * 3
 
 
 async def test_a_client_that_has_gone_leaves_the_worker_idle(autojump_clock: MockClock) -> None:

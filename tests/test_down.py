@@ -121,6 +121,18 @@ async def test_workers_that_die_at_once_are_no_better(autojump_clock: MockClock)
         assert now.last_error is None or "are lost within" in now.last_error
 
 
+async def test_workers_that_died_early_are_replaced_after_a_pause(autojump_clock: MockClock) -> None:
+    """Without a client that asks for one."""
+    shop = Workshop()
+    async with open_checked_pool(shop.with_nursery, pool_size=1, max_overflow=0) as session:
+        for expected in 1, 0:  # the first one may be an accident
+            shop.tools[-1].crash.set()
+            await wait_all_tasks_blocked()
+            assert session.statistics().idle == expected
+        await trio.sleep(LONGEST_PAUSE)
+        assert session.statistics().idle == 1
+
+
 @pytest.mark.parametrize("pool_size", [1, 2, 5])
 async def test_workers_that_die_before_the_next_is_open_are_not_started_without_a_pause(
     pool_size: int, autojump_clock: MockClock

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from workshop import Manager, Tool, Workshop, nothing, open_checked_pool, raisin
 import whitepool
 from benchmarks.model_server import ModelManager, ModelServer, open_fleet, simulate
 from whitepool import _sharing as sharing
+from whitepool._entry import Entry, State
+from whitepool._options import Options
+from whitepool._roster import Roster
+from whitepool._statistics import COUNTERS
 
 Session = whitepool.Session[Tool]
 
@@ -83,6 +88,9 @@ async def test_it_does_not_fail_the_opening(
         assert session.statistics().idle == 5
         assert full_events(caplog) == ["server_full", "start_recovered"]
         assert session.statistics().last_error is None
+        session.destroyed(await session.block_checkout())
+        await trio.sleep(1)
+        assert full_events(caplog) == ["server_full", "start_recovered"]
 
 
 async def test_without_any_the_opening_fails(autojump_clock: MockClock) -> None:
@@ -130,6 +138,27 @@ async def test_overflow_that_is_refused(
             session.checkin(resource)
 
 
+async def test_workers_may_bring_the_manager_that_knows(
+    caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    """A bare factory does not know what a refusal means. The class of its workers may."""
+    manager = Crowded(places=1)
+
+    class Seat(Tool):
+        __worker_manager__ = manager
+
+    async def make() -> Seat:
+        await manager._take_a_place(0)
+        seat = Seat(manager.shop, 1)
+        manager.shop.tools.append(seat)
+        return seat
+
+    async with open_checked_pool(make, pool_size=2, min_ready=1, max_starting=1) as session:
+        await trio.sleep(1)
+        assert session.statistics().idle == 1
+    assert full_events(caplog) == ["server_full"]
+
+
 async def test_another_failure_is_told_although_the_server_was_full(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:
@@ -167,6 +196,57 @@ async def test_a_full_server_is_asked_for_one_at_a_time(autojump_clock: MockCloc
             assert len(manager.shop.alive) <= before + 1
             before = max(before, len(manager.shop.alive))
         assert manager.shop.most_opening == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pool_that_gets_a_place_pauses(autojump_clock: MockClock) -> None:
+    """For a quarter as long as after a refusal: others may need the next place more."""
+    manager = Crowded(places=2)
+    opened: list[float] = []
+    hooks = whitepool.Hooks(on_create=lambda _: opened.append(trio.current_time()))
+    async with (
+        open_checked_pool(manager, pool_size=5, hooks=hooks) as session,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(partial(keep_busy, session, 5, seconds=math.inf))
+        await trio.sleep(1)
+        manager.places = 5
+        with trio.fail_after(3 + 1.125 + 1.5 + 0.1):
+            while len(opened) < 5:
+                await trio.sleep(0.01)
+        for workers, (before, after) in enumerate(pairwise(opened[2:]), 3):
+            assert 0.25 * 0.5 * 1.5 * workers <= after - before - 0.01 <= 0.25 * 1.5 * workers + 1e-6
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_place_that_was_left_is_asked_for_when_its_time_is_over(
+    autojump_clock: MockClock,
+) -> None:
+    """However long the pause after the last refusal is: with it, the pool would lose more than that."""
+    manager = Crowded(places=5)
+    asked: list[float] = []
+    left: list[float] = []
+
+    async def note_and_open(attempt: int) -> None:
+        asked.append(trio.current_time())
+        await manager._take_a_place(attempt)
+
+    async def note(_: Tool) -> None:
+        left.append(trio.current_time())
+
+    manager.shop.before_open = note_and_open
+    manager.shop.before_close = note
+    async with (
+        open_checked_pool(manager, pool_size=5, max_overflow=1) as session,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(keep_busy, session, 20)
+        await trio.sleep(60)
+        assert manager.refused
+        over = [time + sharing.GAP for time in left if time + sharing.GAP < trio.current_time()]
+        assert len(over) > 3
+        for time in over:
+            assert any(time - 0.01 <= attempt <= time + 0.01 for attempt in asked)
         nursery.cancel_scope.cancel()
 
 
@@ -238,6 +318,35 @@ async def test_under_load_too(autojump_clock: MockClock) -> None:
             )
             assert age < 60 + 3 * sharing.EXCHANGE_PAUSE
             assert len(manager.shop.alive) >= 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_place_of_one_that_went_is_taken_at_once(autojump_clock: MockClock) -> None:
+    """However long the pause after the last refusal is: its place is free in that moment."""
+    manager = Crowded(places=2)
+    asked: list[float] = []
+    left: list[float] = []
+
+    async def note_and_open(attempt: int) -> None:
+        asked.append(trio.current_time())
+        await manager._take_a_place(attempt)
+
+    async def note(_: Tool) -> None:
+        left.append(trio.current_time())
+
+    manager.shop.before_open = note_and_open
+    async with (
+        open_checked_pool(manager, pool_size=2, max_overflow=2) as session,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(keep_busy, session, 4)
+        await trio.sleep(5)
+        manager.shop.before_close = note
+        session.retire_all()
+        while len(left) < 2:
+            await trio.sleep(0.1)
+        for time in left:
+            assert any(time <= attempt < time + 0.01 for attempt in asked)
         nursery.cancel_scope.cancel()
 
 
@@ -348,6 +457,42 @@ async def test_a_crash_is_repaired_while_a_place_is_left(autojump_clock: MockClo
         nursery.cancel_scope.cancel()
 
 
+async def test_a_pool_that_starts_a_worker_lets_none_go(autojump_clock: MockClock) -> None:
+    """To close one for others, and open another at the same time, would be pointless."""
+    manager = Crowded(places=99)
+    async with (
+        open_checked_pool(manager, pool_size=1, max_overflow=1) as session,
+        trio.open_nursery() as nursery,
+    ):
+        first, second = await session.block_checkout(), await session.block_checkout()
+        nursery.start_soon(hold, session)
+        await trio.sleep(2)
+        assert session._supervisor.sharing.wants_worker
+        manager.shop.before_open = lambda _: trio.sleep(1)
+        session.resize(1, 2)
+        await wait_all_tasks_blocked()
+        session.checkin(first)
+        session.checkin(second)
+        assert (session.statistics().retired, session.statistics().in_use) == (0, 1)
+
+
+async def test_a_worker_stays_called_in_until_one_comes_back(autojump_clock: MockClock) -> None:
+    """Although the pool looks, meanwhile, at what is missing: it misses none."""
+    manager = Crowded(places=99)
+    async with (
+        open_checked_pool(manager, pool_size=1, max_overflow=1) as session,
+        trio.open_nursery() as nursery,
+    ):
+        first, second = await session.block_checkout(), await session.block_checkout()
+        nursery.start_soon(hold, session)
+        await trio.sleep(2)
+        session.resize(1, 1)
+        await wait_all_tasks_blocked()
+        session.checkin(first)
+        assert session.statistics().retired == 1
+        session.checkin(second)
+
+
 async def test_a_shutdown_takes_no_notice(autojump_clock: MockClock) -> None:
     """Tasks that wait are served by all workers, and none is closed for others."""
     manager = Crowded(places=4)
@@ -363,6 +508,339 @@ async def test_a_shutdown_takes_no_notice(autojump_clock: MockClock) -> None:
 async def hold(session: Session) -> None:
     async with session.worker(math.inf):
         await trio.sleep(1)
+
+
+# -- The decisions -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chance takes the middle of what it may take."""
+    monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)
+
+
+class Places:
+    """What a pool decides about its places, with workers that are only counted."""
+
+    def __init__(self, *, pool_size: int = 2, max_overflow: int = 2, in_use: int = 0) -> None:
+        options = Options(pool_size=pool_size, max_overflow=max_overflow)
+        self.roster: Roster[Tool] = Roster(dict.fromkeys(COUNTERS, 0), options)
+        self.waiting = self.woken = self.called_in = 0
+        self.evicted: list[Entry[Tool]] = []
+        self.sharing = sharing.Sharing(
+            self.roster,
+            waiting=lambda: self.waiting,
+            evict=lambda entry, _: self.evicted.append(entry),
+            call_in=lambda: setattr(self, "called_in", self.called_in + 1),
+            wake=lambda: setattr(self, "woken", self.woken + 1),
+        )
+        self.add(State.IN_USE, in_use)
+
+    def add(self, state: State, count: int = 1, idle_since: float = 0) -> list[Entry[Tool]]:
+        """Enter so many workers, and lead them to a state."""
+        entries: list[Entry[Tool]] = [Entry() for _ in range(count)]
+        for entry in entries:
+            entry.idle_since = idle_since
+            self.roster.add(entry)
+            for step in (State.SERVICING, state) if state is not State.OPENING else ():
+                if step is not entry.state:
+                    self.roster.move(entry, step)
+        return entries
+
+    def leave(self, entry: Entry[Tool]) -> None:
+        """Have a worker closed."""
+        self.roster.mark(entry, "overflow")
+        self.roster.move(entry, State.CLOSING)
+        self.roster.remove(entry)
+
+    def next_to_go(self, since: float, within: float = 100) -> float | None:
+        """Look 16 times a second; return when a worker is called in or let go. None: it is not."""
+        for number in range(int(within * 16)):
+            now = since + number / 16
+            self.sharing.look(now)
+            if self.evicted or self.sharing.wants_worker:
+                return now
+        return None
+
+    def leave_one(self, since: float) -> float:
+        """Have the next worker that is called in closed, at its return; return when that was."""
+        now = self.next_to_go(since)
+        assert now is not None
+        assert self.sharing.takes(now)
+        self.leave(next(entry for entry in self.roster.entries if entry.state is State.IN_USE))
+        return now
+
+    def win(self, trials: int, since: float = 0) -> float:
+        """Leave a place so many times, take it again each time, and return when that was last."""
+        for _ in range(trials):
+            since = self.leave_one(since) + sharing.GAP
+            self.add(State.IN_USE)
+            self.sharing.on_opened(since)
+        return since
+
+
+def test_how_long_a_server_counts_as_full() -> None:
+    """From a refusal on for half a minute, up to a quarter more or less."""
+    for _ in range(300):
+        found = Places().sharing
+        assert not found.is_full(100)
+        found.on_refused(100)
+        assert found.is_full(100)
+        assert found.is_full(100 + 0.75 * sharing.FULL_FOR - 0.01)
+        assert not found.is_full(100 + 1.25 * sharing.FULL_FOR)
+
+
+@pytest.mark.parametrize(
+    ("in_use", "servicing", "is_full", "expected"),
+    [
+        pytest.param(2, 1, False, 5, id="as many as ever, while nothing is known"),
+        pytest.param(0, 0, True, 1, id="one in any case"),
+        pytest.param(2, 0, True, 2, id="those in use"),
+        pytest.param(2, 1, True, 3, id="those that are reset, too"),
+        pytest.param(7, 2, True, 5, id="no more than ever"),
+    ],
+)
+def test_how_many_a_pool_wants_of_a_full_server(
+    in_use: int, servicing: int, is_full: bool, expected: int
+) -> None:
+    """Those that it needs: it does not keep the others' places."""
+    places = Places(in_use=in_use)
+    places.add(State.SERVICING, servicing)
+    if is_full:
+        places.sharing.on_refused(0)
+    assert places.sharing.target(5, 1) == expected
+
+
+def test_a_place_that_is_left_stays_free_for_a_while() -> None:
+    """For `GAP`, and it is one place: what is lost meanwhile may be replaced."""
+    places = Places(in_use=4)
+    (first, second, *_) = places.roster.entries
+    assert not places.sharing.takes(9)  # none was called in
+    places.sharing.wants_worker = True
+    assert places.sharing.takes(10)
+    assert not places.sharing.takes(10)
+    places.leave(first)
+    assert places.sharing.room(10 + sharing.GAP - 0.01) == 0
+    assert places.sharing.room(10 + sharing.GAP) == 1
+    places.leave(second)
+    assert places.sharing.room(11) == 1
+    places.add(State.OPENING)
+    assert places.sharing.room(11) == 0
+    assert places.sharing.room(12) == 1
+
+
+@pytest.mark.parametrize(
+    ("open_now", "opening", "waiting", "expected"),
+    [
+        pytest.param(3, 0, 0, True, id="one of three"),
+        pytest.param(2, 0, 5, True, id="one of two, although tasks wait"),
+        pytest.param(1, 0, 0, True, id="the last, while no task waits"),
+        pytest.param(1, 0, 1, False, id="the last, while a task waits"),
+        pytest.param(3, 1, 0, False, id="a replacement is on its way"),
+    ],
+)
+def test_whether_a_worker_goes_without_a_replacement(
+    open_now: int, opening: int, waiting: int, expected: bool
+) -> None:
+    """On a full server only, where no replacement could be opened first."""
+    places = Places(in_use=open_now)
+    places.add(State.OPENING, opening)
+    assert not places.sharing.may_exchange(waiting=waiting, now=1)
+    places.sharing.on_refused(1)
+    assert places.sharing.may_exchange(waiting=waiting, now=1) is expected
+
+
+def test_those_that_go_without_a_replacement_go_one_by_one() -> None:
+    """The next goes when there is one in the place of the last, or after `EXCHANGE_PAUSE`."""
+    places = Places(in_use=3)
+    places.sharing.on_refused(0)
+    places.sharing.on_exchange(1)
+    assert not places.sharing.may_exchange(waiting=0, now=1 + sharing.EXCHANGE_PAUSE - 0.01)
+    assert places.sharing.may_exchange(waiting=0, now=1 + sharing.EXCHANGE_PAUSE)
+    places.sharing.on_opened(2)
+    assert places.sharing.may_exchange(waiting=0, now=2)
+
+
+def test_a_full_server_has_those_looked_at_that_are_to_be_replaced() -> None:
+    """One of them may be due, and nothing else would wake the pool."""
+    places = Places(in_use=2)
+    places.sharing.on_refused(0)
+    places.sharing.look(1)
+    assert places.woken == 0
+    places.roster.mark(next(iter(places.roster.entries)), "lifetime")
+    places.sharing.look(2)
+    assert places.woken == 1
+
+
+def test_when_a_pool_is_looked_at(evenly: None) -> None:
+    """Not at all, unless it may have to leave a place; at the latest when something is over.
+
+    Then the pool is woken, once, as it may start what it has put off.
+    """
+    places = Places(in_use=2)
+    assert places.sharing.look(0) == math.inf
+    places.sharing.on_refused(0)
+    assert not places.sharing.is_full(sharing.FULL_FOR)
+    assert places.sharing.look(1) == 1 + sharing.LOOK
+    places.sharing.wants_worker = True
+    assert places.sharing.takes(28.4)
+    assert places.sharing.look(28.4) == 28.4 + sharing.LOOK
+    assert places.sharing.look(29.8) == 28.4 + sharing.GAP
+    assert places.woken == 0
+    assert places.sharing.look(28.4 + sharing.GAP) == sharing.FULL_FOR
+    assert places.woken == 1
+    places.sharing.on_opened(29.95)
+    assert places.sharing.look(sharing.FULL_FOR) == math.inf
+    assert places.woken == 2
+    assert not places.sharing.is_full(sharing.FULL_FOR)
+    assert places.sharing.room(sharing.FULL_FOR) == 2
+    assert places.sharing.look(31) == math.inf
+    assert places.woken == 2
+    places.add(State.IN_USE)
+    assert places.sharing.look(32) == 32 + sharing.LOOK
+
+
+@pytest.mark.parametrize(
+    ("idle_since", "in_use", "expected"),
+    [
+        pytest.param([5, 8], 0, 6, id="when it was idle for a second"),
+        pytest.param([-9, -8], 0, 1, id="a second after the refusal"),
+        pytest.param([5], 1, 6, id="one of two"),
+        pytest.param([5], 0, None, id="the last one stays"),
+        pytest.param([], 2, None, id="none is idle"),
+    ],
+)
+def test_whether_an_idle_worker_goes(
+    idle_since: list[float], in_use: int, expected: float | None, evenly: None
+) -> None:
+    """On a full server, the one that was idle for the longest, and the next a second later."""
+    places = Places(pool_size=9, in_use=in_use)
+    entries = [places.add(State.IDLE, idle_since=since)[0] for since in idle_since]
+    assert places.next_to_go(-9, within=9) is None
+    places.sharing.on_refused(0)
+    assert places.next_to_go(0, within=10) == expected
+    if expected is not None:
+        assert places.evicted == entries[:1]
+        places.evicted.clear()
+        assert places.next_to_go(expected + 0.01, within=5) == expected + 0.01 + sharing.PACE
+
+
+@pytest.mark.parametrize(
+    ("workers", "waiting", "is_full", "expected"),
+    [
+        pytest.param({State.IN_USE: 4}, 1, False, True, id="a task waits"),
+        pytest.param({State.IN_USE: 4}, 0, False, False, id="no task waits"),
+        pytest.param({State.IN_USE: 4}, 0, True, True, id="no task waits, but others want places"),
+        pytest.param({State.IN_USE: 3, State.SERVICING: 1}, 1, False, False, id="it is served soon"),
+        pytest.param({State.IN_USE: 3, State.SERVICING: 1}, 2, False, True, id="one of two is"),
+        pytest.param({State.IN_USE: 3, State.IDLE: 1}, 1, False, False, id="one is idle"),
+        pytest.param({State.IN_USE: 3, State.OPENING: 1}, 1, False, False, id="one is being opened"),
+        pytest.param({State.IN_USE: 2}, 1, False, True, id="two"),
+        pytest.param({State.IN_USE: 1}, 1, False, False, id="the last one stays"),
+    ],
+)
+def test_whether_a_worker_is_called_in(
+    workers: dict[State, int], waiting: int, is_full: bool, expected: bool
+) -> None:
+    """Where a pool with overflow has been short of workers for `BUSY_FOR`."""
+    places = Places(pool_size=0, max_overflow=9)
+    for state, count in workers.items():
+        places.add(state, count, idle_since=99)
+    places.waiting = waiting
+    if is_full:
+        places.sharing.on_refused(-9)
+    assert places.next_to_go(0, within=5) == (sharing.BUSY_FOR if expected else None)
+    assert places.called_in == expected
+
+
+def test_a_pool_that_has_its_size_keeps_it() -> None:
+    """However long tasks wait. It has lent nothing."""
+    places = Places(pool_size=4, in_use=4)
+    places.waiting = 9
+    assert places.next_to_go(0) is None
+
+
+def test_a_worker_that_is_called_in_may_be_called_off() -> None:
+    """When one is idle, the pool can spare that; and it has to be short for a second anew."""
+    places = Places(in_use=3)
+    places.waiting = 9
+    assert places.next_to_go(0) == sharing.BUSY_FOR
+    (idle,) = places.add(State.IDLE, idle_since=99)
+    places.sharing.look(2)
+    assert not places.sharing.wants_worker
+    assert not places.sharing.takes(2)
+    places.roster.move(idle, State.IN_USE)
+    assert places.next_to_go(3) == 3 + sharing.BUSY_FOR
+
+
+def test_how_often_a_saturated_pool_leaves_a_place(evenly: None) -> None:
+    """While no other wants it, half as often each time, until that costs no more than `PRICE`."""
+    places = Places(in_use=4)
+    places.waiting = 9
+    places.sharing.on_opened(0)  # it has left no place yet
+    now, pauses = 0.0, []
+    for _ in range(10):
+        left_at = places.leave_one(now)
+        pauses.append(left_at - now)
+        places.add(State.IN_USE)
+        places.sharing.on_opened(left_at + 0.5)  # one was lost, and replaced, in that time
+        assert places.next_to_go(left_at + 0.5, within=50) is None  # one at a time
+        now = left_at + sharing.GAP
+        places.sharing.on_opened(now)
+    *first, last, again = pauses
+    assert first == [sharing.BUSY_FOR, 0.75, 1.5, 3, 6, 12, 24, 48]
+    assert last == again == pytest.approx(sharing.GAP / sharing.PRICE / 4, abs=0.07)
+
+
+def test_pools_do_not_leave_places_in_step() -> None:
+    """The pauses between them are up to a quarter longer or shorter, by chance."""
+    pauses = []
+    for _ in range(100):
+        places = Places(in_use=4)
+        places.waiting = 9
+        now = places.win(5)
+        pauses.append(places.leave_one(now) - now)
+    assert 0.75 * 12 <= min(pauses) < 10 < 14 < max(pauses) <= 1.25 * 12 + 0.07
+
+
+@pytest.mark.parametrize(("won", "is_trial"), [(0, True), (5, True), (5, False)])
+def test_where_other_pools_want_its_places(won: int, is_trial: bool, evenly: None) -> None:
+    """A saturated pool that is refused leaves one after the other, more slowly without overflow.
+
+    What it knew before, it knows no more. The more workers it has, the shorter are the pauses.
+    """
+    places = Places(pool_size=18, max_overflow=2, in_use=20)
+    places.waiting = 9
+    now = places.win(won)
+    if is_trial:
+        now = places.leave_one(now)
+    else:
+        now += 1
+        places.sharing.on_refused(now)
+    places.sharing.on_refused(now + 0.125)
+    for _ in range(3):
+        workers = places.roster.open
+        share = sharing.SHARE_OVERFLOW if workers > 18 else sharing.SHARE
+        left_at = places.leave_one(now)
+        assert left_at - now == pytest.approx(share / workers, abs=0.07)
+        now = left_at
+
+
+def test_when_a_pool_leaves_the_first_place_of_a_full_server(evenly: None) -> None:
+    """The more workers it has, the sooner."""
+    for workers in 2, 4, 8:
+        places = Places(pool_size=8, in_use=workers)
+        places.sharing.on_refused(0)
+        assert places.next_to_go(0) == pytest.approx(sharing.SHARE / workers, abs=0.07)
+
+
+def test_a_trial_that_was_refused_is_over(evenly: None) -> None:
+    """The next one comes when the server counts as full no more."""
+    places = Places(in_use=4)
+    places.waiting = 9
+    now = places.leave_one(0) + sharing.GAP
+    places.sharing.on_refused(now)
+    assert places.next_to_go(now + sharing.FULL_FOR, within=1) is not None
 
 
 # -- Fleets --------------------------------------------------------------------------------------------

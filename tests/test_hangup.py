@@ -8,14 +8,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from time import perf_counter
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import trio
 from pairs import PATIENCE, Pair, pair_at
-from trio.testing import wait_all_tasks_blocked
-from workshop import Workshop, check_books
+from timing import until
+from trio.testing import MockClock, wait_all_tasks_blocked
+from workshop import Workshop, check_books, use
 
 import whitepool
 from whitepool._hangup import HangupWatch
@@ -74,6 +76,26 @@ async def test_traffic_wakes_no_task(pair: Pair, watch: HangupWatch[str]) -> Non
     assert await is_quiet(watch)
     assert watch.hung_up() == []
     assert watch
+
+
+async def test_a_look_wakes_no_task_either(pair: Pair, watch: HangupWatch[str]) -> None:
+    """If it finds nothing; and it does not keep other tasks from running."""
+    watch.add(pair[0].fileno(), "worker")
+    woken = trio.Event()
+
+    async def wait() -> None:
+        await watch.wait()
+        woken.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        began = perf_counter()
+        assert watch.hung_up() == []
+        assert perf_counter() - began < 0.5
+        await wait_all_tasks_blocked()
+        assert not woken.is_set()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_hang_up_is_found_once(pair: Pair, watch: HangupWatch[str]) -> None:
@@ -207,6 +229,29 @@ async def test_a_copy_of_a_closed_descriptor(watch: HangupWatch[str]) -> None:
             woken += 1
     os.close(copy)
     assert woken <= 1
+
+
+async def test_a_task_that_waits_hears_of_a_new_beginning(watch: HangupWatch[str]) -> None:
+    """Where the watch begins again because of such a copy: it would wait for nothing otherwise."""
+    ours, theirs = connect()
+    fileno, copy = ours.fileno(), os.dup(ours.fileno())
+    watch.add(fileno, "worker")
+    woken = trio.Event()
+
+    async def wait() -> None:
+        await watch.wait()
+        woken.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait)
+        await wait_all_tasks_blocked()
+        ours.close()
+        watch.remove(fileno, "worker")
+        theirs.close()
+        assert watch.hung_up() == []
+        with trio.fail_after(5):
+            await woken.wait()
+    os.close(copy)
 
 
 async def test_a_copy_and_a_number_that_is_used_again(watch: HangupWatch[str]) -> None:
@@ -347,10 +392,11 @@ async def test_a_stream_whose_peer_closes_is_replaced(nursery: trio.Nursery) -> 
         await exchange.peers[0].send_all(b"traffic")
         await trio.sleep(PATIENCE)
         assert session.statistics().lost == 0
-        await exchange.peers[0].aclose()
-        await until_started(session, 3)
-        now = session.statistics()
-        assert (now.lost, now.idle) == (1, 2)
+        for lost in 1, 2:
+            await exchange.peers[lost - 1].aclose()
+            await until_started(session, 2 + lost)
+            now = session.statistics()
+            assert (now.lost, now.idle) == (lost, 2)
         check_books(session)
 
 
@@ -390,6 +436,76 @@ async def test_a_checkin_looks_whether_the_peer_has_hung_up(nursery: trio.Nurser
         assert (session.statistics().lost, session.statistics().idle) == (1, 0)
 
 
+async def test_a_checkout_looks_whether_the_peer_has_hung_up(nursery: trio.Nursery) -> None:
+    """Before the watch has had its turn, too."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=1, max_overflow=0) as session:
+        while not exchange.peers:
+            await trio.sleep(0.001)
+        await trio.sleep(0.01)
+        exchange.peers[0].socket.close()
+        with pytest.raises(trio.WouldBlock):
+            session.checkout_nowait()
+        assert (session.statistics().lost, session.statistics().in_use) == (1, 0)
+
+
+async def test_a_worker_that_has_hung_up_goes_when_it_is_returned(nursery: trio.Nursery) -> None:
+    """Although a task waits, for which no other can be opened: it is of no use to it."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    dials, gate = 0, trio.Event()
+
+    async def dial() -> trio.SocketStream:
+        nonlocal dials
+        dials += 1
+        if dials == 2:
+            await gate.wait()
+        return await exchange.dial()
+
+    async with whitepool.open_pool(dial, pool_size=1, max_overflow=1) as session:
+        async with trio.open_nursery() as clients:
+            async with session.worker() as stream:
+                clients.start_soon(use, session)
+                await until(lambda: dials == 2 and len(exchange.peers) == 1)
+                await exchange.peers[0].aclose()
+                assert await stream.receive_some() == b""
+                await wait_all_tasks_blocked()
+                assert session.statistics().lost == 0
+            assert (session.statistics().lost, session.statistics().in_use) == (1, 0)
+            gate.set()
+        check_books(session)
+
+
+async def test_checkins_ask_the_kernel_once_in_a_while(
+    mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask costs more than a checkin, so a millisecond's checkins ask once."""
+    pairs: list[Pair] = []
+    asked: list[float] = []
+    hung_up = HangupWatch.hung_up
+
+    def note(self: HangupWatch[Any]) -> list[Any]:
+        asked.append(trio.current_time())
+        return hung_up(self)
+
+    async def make() -> socket.socket:
+        pairs.append(connect())
+        return pairs[-1][0]
+
+    monkeypatch.setattr(HangupWatch, "hung_up", note)
+    async with whitepool.open_pool(make, pool_size=1) as session:
+        for passed in (0.5, 0, 0, 0.25, 0):
+            resource = await session.block_checkout()
+            asked.clear()
+            mock_clock.jump(passed)
+            session.checkin(resource)
+            assert asked == ([trio.current_time()] if passed else [])
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
 async def test_a_stream_that_is_closed_by_its_client_is_lost_once(nursery: trio.Nursery) -> None:
     """Where a client breaks its worker, and says so, the watch does not count it again."""
     exchange = Exchange()
@@ -403,6 +519,65 @@ async def test_a_stream_that_is_closed_by_its_client_is_lost_once(nursery: trio.
         now = session.statistics()
         assert (now.destroyed, now.lost, now.idle) == (10, 0, 1)
         check_books(session)
+
+
+async def test_a_worker_that_is_being_closed_is_not_watched(nursery: trio.Nursery) -> None:
+    """That its peer hangs up then is no news: it leaves for another reason."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=1, max_overflow=0) as session:
+        resource = await session.block_checkout()
+        watched = session._supervisor._hangups.watched
+        assert list(watched) == [resource.get().socket.fileno()]
+        session.destroyed(resource)
+        assert not watched
+
+
+async def test_a_pool_that_is_closed_leaves_no_descriptor(nursery: trio.Nursery) -> None:
+    """Although something may still refer to its session."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    async with whitepool.open_pool(exchange.dial, pool_size=1) as session:
+        await until(lambda: len(exchange.peers) == 1)
+        watch = session._supervisor._hangups
+        assert watch._epoll is not None
+        assert not watch._epoll.closed
+    assert watch._epoll.closed
+
+
+async def test_a_peer_that_hangs_up_during_a_reset(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No wonder that the reset fails: the worker is lost, and not destroyed."""
+    exchange = Exchange()
+    await nursery.start(exchange.run)
+    begun, gate = trio.Event(), trio.Event()
+
+    class Dialing(whitepool.WorkerManager[trio.SocketStream]):
+        async def create(self) -> trio.SocketStream:
+            return await exchange.dial()
+
+        def needs_reset(self, worker: trio.SocketStream) -> bool:
+            return True
+
+        async def reset(self, worker: trio.SocketStream) -> None:
+            begun.set()
+            await gate.wait()
+            raise OSError("no answer")
+
+    async with whitepool.open_pool(Dialing(), pool_size=1, max_overflow=0) as session:
+        await until(lambda: len(exchange.peers) == 1)
+        async with session.worker():
+            pass
+        await begun.wait()
+        (entry,) = session._supervisor.roster.entries
+        await exchange.peers[0].aclose()
+        await until(lambda: entry.evict_reason == "hung_up")
+        gate.set()
+        await until_started(session, 2)
+        assert (session.statistics().lost, session.statistics().destroyed) == (1, 0)
+    (record,) = caplog.records
+    assert (vars(record)["event"], vars(record)["reason"]) == ("worker_lost", "hung_up")
 
 
 async def test_a_peer_that_accepts_and_hangs_up(nursery: trio.Nursery) -> None:

@@ -183,6 +183,69 @@ async def test_a_failing_on_checkin_destroys_the_worker(
         assert session.statistics().destroyed == 1
 
 
+@pytest.mark.parametrize("what", ["hook", "reset"])
+async def test_after_release_is_for_workers_that_may_be_used_again(what: str) -> None:
+    """It is not called for one that leaves, because its hook or its reset has failed."""
+    released: list[float] = []
+    manager = Manager(Workshop())
+    manager.before_reset = raising(OSError("no"))
+    hooks = whitepool.Hooks(
+        on_checkin=raising(OSError("no")) if what == "hook" else manager.dirty.add,
+        after_release=lambda: released.append(trio.current_time()),
+    )
+    async with whitepool.open_pool(manager, pool_size=1, hooks=hooks) as session:
+        async with session.worker():
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().destroyed == 1
+        assert not released
+
+
+class Inspecting(Manager):
+    """A manager that looks at each worker after a hook, and may refuse it."""
+
+    def __init__(self) -> None:
+        super().__init__(Workshop())
+        self.looked_after: list[str] = []
+        self.refuses = ""
+
+    def _after_hook(self, worker: Tool, hook: str) -> None:
+        self.looked_after.append(hook)
+        if hook == self.refuses:
+            raise ValueError("the hook has left it open")
+
+
+@pytest.mark.parametrize("how", ["block_checkout", "nonblock_checkout", "checkout_nowait"])
+async def test_what_a_hook_has_left_behind_is_seen(how: str) -> None:
+    """After each hook that has a worker, and only after a hook. What a client can't have goes back."""
+
+    async def check_out() -> whitepool.Resource[Tool]:
+        made: Any = getattr(session, how)()
+        resource: whitepool.Resource[Tool] = made if how == "checkout_nowait" else await made
+        return resource
+
+    manager = Inspecting()
+    async with whitepool.open_pool(manager, pool_size=1) as session:
+        session.checkin(await check_out())
+    assert manager.looked_after == []
+    hooks = whitepool.Hooks(
+        on_create=lambda _: None, on_checkout=lambda _: None, on_checkin=lambda _: None
+    )
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0, hooks=hooks) as session:
+        session.checkin(await check_out())
+        await trio.testing.wait_all_tasks_blocked()
+        assert manager.looked_after == ["on_create", "on_checkout", "on_checkin"]
+        manager.refuses = "on_checkout"
+        with pytest.raises(ValueError, match="left it open"):
+            await check_out()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (session.statistics().idle, session.statistics().destroyed) == (1, 0)
+        manager.refuses = "on_checkin"
+        session.checkin(await check_out())
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().destroyed == 1
+
+
 async def test_on_checkin_may_leave_something_to_reset() -> None:
     """It runs before the worker is reset."""
     manager = Manager(Workshop())
@@ -192,6 +255,57 @@ async def test_on_checkin_may_leave_something_to_reset() -> None:
             pass
         await trio.testing.wait_all_tasks_blocked()
         assert manager.resets == 1
+
+
+async def test_what_a_client_has_left_half_done_is_undone_before_the_hook() -> None:
+    """As far as `on_checkin` must not see it."""
+    manager = Manager(Workshop())
+    seen: list[bool] = []
+
+    async def undo(worker: Tool) -> None:
+        manager.dirty.discard(worker)
+
+    manager._before_on_checkin = undo  # type: ignore[method-assign]
+    hooks = whitepool.Hooks(on_checkin=lambda worker: seen.append(worker in manager.dirty))
+    async with whitepool.open_pool(manager, pool_size=1, hooks=hooks) as session:
+        async with session.worker() as tool:
+            manager.dirty.add(tool)
+        await trio.testing.wait_all_tasks_blocked()
+        assert seen == [False]
+
+
+async def test_a_hook_alone_makes_no_reset() -> None:
+    """A worker that is clean after `on_checkin` is not reset."""
+    manager = Manager(Workshop())
+    hooks = whitepool.Hooks(on_checkin=lambda _: None)
+    async with whitepool.open_pool(manager, pool_size=1, hooks=hooks) as session:
+        async with session.worker():
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().idle == 1
+        assert manager.resets == 0
+
+
+async def test_a_worker_that_has_to_leave_is_not_reset_first(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Also where its hook has not noticed: the shutdown waits for that, and for nothing more."""
+    manager = Manager(Workshop())
+    manager.before_reset = hang
+
+    async def deafly(tool: Tool) -> None:
+        manager.dirty.add(tool)
+        with trio.CancelScope(shield=True):
+            await trio.sleep(1)
+
+    hooks = whitepool.Hooks(on_checkin=deafly)
+    async with whitepool.open_pool(manager, pool_size=1, hooks=hooks) as session:
+        async with session.worker():
+            pass
+        await trio.testing.wait_all_tasks_blocked()
+        await session.safe_shutdown(timeout=0.5)
+        assert trio.current_time() == 1
+    assert not manager.shop.alive
 
 
 async def test_a_question_that_raises_behind_a_hook_is_no_crash() -> None:

@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import structlog
 import trio
 from structlog.testing import LogCapture, capture_logs
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Workshop
+from workshop import Manager, Workshop, hang
 
 import whitepool
 from whitepool._log import PoolLog
@@ -84,6 +85,35 @@ def test_silent_by_default() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
     assert (result.stdout, result.stderr) == ("", "")
+
+
+async def test_what_is_not_logged_is_counted(
+    told: list[logging.LogRecord], mock_clock: MockClock
+) -> None:
+    """An event is logged once a second, and the next one says how many of its name were not."""
+    log = PoolLog("mine")
+    for time, event in (
+        (0, "start_failed"),
+        (0.25, "start_failed"),
+        (0.5, "start_failed"),
+        (0.75, "close_failed"),
+        (1, "start_failed"),
+        (1.5, "close_failed"),
+        (1.75, "close_failed"),
+        (1.875, "start_failed"),
+        (2, "start_failed"),
+        (3, "start_failed"),
+    ):
+        mock_clock.jump(time - trio.current_time())
+        log.throttled_warning(event, at=time)
+    assert [record.getMessage() for record in told] == [
+        "start_failed pool=mine at=0",
+        "close_failed pool=mine at=0.75",
+        "start_failed pool=mine at=1 suppressed=2",
+        "close_failed pool=mine at=1.75 suppressed=1",
+        "start_failed pool=mine at=2 suppressed=1",
+        "start_failed pool=mine at=3",
+    ]
 
 
 class Talking(Manager):
@@ -260,6 +290,55 @@ async def test_a_life_in_the_log(told: list[logging.LogRecord], autojump_clock: 
         ("DEBUG", "worker_retired pool=mine reason=shutdown"),
         ("INFO", "pool_closed pool=mine"),
     ]
+
+
+async def test_a_start_that_is_given_up_is_not_in_the_log(
+    told: list[logging.LogRecord], autojump_clock: MockClock
+) -> None:
+    """No worker has been started, and none is retired."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, name="mine", pool_size=1) as session:
+        shop.before_open = hang
+        session.resize(2)
+        await wait_all_tasks_blocked()
+        del told[:]
+        session.resize(1, 0)
+        await wait_all_tasks_blocked()
+        assert shop.opening == 0
+    assert [record.getMessage() for record in told] == [
+        "pool_resized pool=mine pool_size=1 max_overflow=0",
+        "worker_retired pool=mine reason=shutdown",
+        "pool_closed pool=mine",
+    ]
+
+
+async def test_a_reset_that_the_shutdown_ends_has_not_failed(
+    told: list[logging.LogRecord], autojump_clock: MockClock
+) -> None:
+    """The log tells only that the worker was retired."""
+    manager = Manager(Workshop())
+    manager.before_reset = hang
+    async with (
+        whitepool.open_pool(manager, name="mine", pool_size=1, shutdown_timeout=1) as session,
+        session.worker() as tool,
+    ):
+        manager.dirty.add(tool)
+    assert {record.levelname for record in told} == {"INFO", "DEBUG"}
+    assert told[-2].getMessage() == "worker_retired pool=mine reason=shutdown"
+
+
+async def test_the_log_says_whose_writes_were_discarded(
+    told: list[logging.LogRecord], autojump_clock: MockClock
+) -> None:
+    """With the line that has checked the worker out, where Python traces that."""
+    shop = Workshop()
+    tracemalloc.start(10)
+    try:
+        await writes_are_discarded(shop, Manager(shop))
+    finally:
+        tracemalloc.stop()
+    (record,) = [record for record in told if vars(record)["event"] == "writes_discarded"]
+    assert vars(record)["checked_out_at"].startswith(f"{__file__}:")
 
 
 @pytest.mark.parametrize("error", [ValueError("later"), whitepool.PoolStartError("never")])

@@ -61,6 +61,19 @@ async def test_idle_workers_are_probed(autojump_clock: Clock) -> None:
             assert times[-1] > 305 - 30 - 3 * LATE
 
 
+async def test_an_answer_is_a_sign_of_life(autojump_clock: Clock) -> None:
+    """From when it comes, and not from when it was asked for."""
+    manager = Checked(Workshop())
+    manager.takes = 10
+    async with whitepool.open_pool(
+        manager, pool_size=1, max_overflow=0, check_interval=30, reset_timeout=20
+    ):
+        await trio.sleep(300)
+    times = [time for time, _ in manager.probes]
+    assert all(10 + 26.9 < b - a < 10 + 30 + LATE for a, b in pairwise(times))
+    assert len(times) >= 7
+
+
 async def test_what_comes_due_together_is_done_together(autojump_clock: Clock) -> None:
     """However many workers there are, they are not looked at more often."""
     manager = Checked(Workshop())
@@ -131,6 +144,49 @@ async def test_workers_that_have_left_are_not_kept(autojump_clock: Clock) -> Non
         await trio.sleep(1100)
         gc.collect()
         assert [tool() for tool in gone if tool() is not None] == []
+
+
+async def test_a_new_worker_does_not_have_all_others_gone_through(autojump_clock: Clock) -> None:
+    """To forget those that have left costs something, so it is done when there are many of them."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=100) as session:
+        coming = session._supervisor._maintenance._coming
+        assert len(coming) == 100
+        session.destroyed(await session.block_checkout())
+        await trio.testing.wait_all_tasks_blocked()
+        assert session._supervisor._maintenance._coming is coming
+        assert len(coming) == 101
+
+
+async def test_the_worker_that_is_due_first_stays_the_first(autojump_clock: Clock) -> None:
+    """Also when those that have left are forgotten."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=30, check_interval=1000) as session:
+        for _ in range(300):
+            session.destroyed(await session.block_checkout())
+            await trio.sleep(0.5)
+            coming = session._supervisor._maintenance._coming
+            assert all(coming[(place - 1) // 2] < coming[place] for place in range(1, len(coming)))
+        assert len(coming) < 200
+
+
+async def test_workers_that_have_left_delay_no_probe(autojump_clock: Clock) -> None:
+    """However many there were, the one that is there is probed in time."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, overflow_ttl=30, check_interval=30) as session:
+        for _ in range(40):
+            session.destroyed(await session.block_checkout())
+            await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(30 + 3 * LATE)
+        assert [tool for _, tool in manager.probes] == manager.shop.alive
+
+
+async def test_probes_may_be_frequent(autojump_clock: Clock) -> None:
+    """Up to several in a second."""
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, check_interval=0.5):
+        await trio.sleep(10)
+    assert 20 <= len(manager.probes) <= 22
 
 
 async def test_a_worker_that_has_to_leave_is_not_probed(autojump_clock: Clock) -> None:
@@ -277,6 +333,22 @@ async def test_a_pool_without_overflow_sleeps(autojump_clock: Clock) -> None:
         assert not await steps_in(1000)
 
 
+async def test_a_pool_that_only_probes_is_woken_for_that_only(autojump_clock: Clock) -> None:
+    """The maintenance of an idle pool has a turn or two for each probe, and sleeps in between."""
+    turns = Counter[str]()
+
+    class Turns(trio.abc.Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            turns[task.name] += 1
+
+    manager = Checked(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0, check_interval=30):
+        trio.lowlevel.add_instrument(Turns())
+        await trio.sleep(3000)
+        (turned,) = (turns[name] for name in turns if "Maintenance.run" in name)
+        assert 100 <= len(manager.probes) <= turned <= 2 * len(manager.probes) + 2
+
+
 async def test_a_lazy_pool_that_is_not_used_empties(autojump_clock: Clock) -> None:
     """Workers that were idle for `idle_timeout` are retired, and not replaced."""
     shop = Workshop()
@@ -361,8 +433,41 @@ async def test_workers_that_were_opened_together_reconnect_apart(autojump_clock:
             await trio.sleep(1)
 
 
-async def test_a_replacement_is_no_overflow(autojump_clock: Clock) -> None:
+async def test_each_successor_of_an_old_worker_lives_long(autojump_clock: Clock) -> None:
+    """However many get old together; one that replaces a worker that was lost may get old early."""
+    shop = Workshop()
+
+    def lives(session: whitepool.Session[Tool]) -> list[float]:
+        return [
+            entry.expires_at - entry.opened_at
+            for entry in session._supervisor.roster.entries
+            if entry.evict_reason is None
+        ]
+
+    async with whitepool.open_pool(
+        shop.make, pool_size=6, max_overflow=6, max_lifetime=1000
+    ) as session:
+        for _ in range(3):
+            for entry in session._supervisor.roster.entries:
+                entry.expires_at = trio.current_time()
+            old = set(shop.alive)
+            while old & set(shop.alive):
+                await trio.sleep(10)
+            assert len(lives(session)) == 6
+            assert 900 <= min(lives(session)) <= max(lives(session)) <= 1000
+        shortest = math.inf
+        for _ in range(50):
+            session.destroyed(await session.block_checkout())
+            await trio.testing.wait_all_tasks_blocked()
+            shortest = min(shortest, *lives(session))
+        assert shortest < 500
+
+
+async def test_a_replacement_is_no_overflow(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With `overflow_ttl=0`, the new worker stays that was opened before the old one went."""
+    monkeypatch.setattr("random.uniform", lambda _, high: high)
     shop = Workshop()
     async with whitepool.open_pool(
         shop.make, pool_size=1, max_overflow=1, overflow_ttl=0, max_lifetime=10
@@ -461,8 +566,31 @@ async def test_a_worker_that_died_while_idle_is_not_handed_out() -> None:
         assert session.statistics().lost == 2
 
 
-async def test_a_manager_that_raises_at_the_checkout_costs_the_worker_only() -> None:
-    """The client gets another, and not the error."""
+async def test_a_worker_that_was_in_use_a_moment_ago_is_not_asked_again(
+    mock_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked at each return, and at a checkout only when it was idle for longer than that."""
+    asked: list[float] = []
+    manager = Manager(Workshop())
+
+    def is_alive(worker: Tool) -> bool:
+        asked.append(trio.current_time())
+        return True
+
+    monkeypatch.setattr(manager, "is_alive", is_alive)
+    mock_clock.jump(7)
+    async with whitepool.open_pool(manager, pool_size=1) as session:
+        for idle_for, questions in (0, 1), (0, 1), (0.5, 2), (0, 1):
+            mock_clock.jump(idle_for)
+            asked.clear()
+            session.checkin(session.checkout_nowait())
+            assert len(asked) == questions
+
+
+async def test_a_manager_that_raises_at_the_checkout_costs_the_worker_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The client gets another, and not the error, which is logged."""
     shop = Workshop()
 
     class Broken(Manager):
@@ -476,6 +604,8 @@ async def test_a_manager_that_raises_at_the_checkout_costs_the_worker_only() -> 
         async with session.worker() as tool:
             assert tool.number == 2
         check_books(session)
+    assert "manager_failed" in caplog.records[0].message
+    assert "RuntimeError: a bug" in caplog.records[0].message
 
 
 async def test_a_hanging_hook_does_not_hold_up_the_shutdown(autojump_clock: Clock) -> None:

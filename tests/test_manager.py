@@ -15,7 +15,9 @@ import whitepool
 
 @pytest.mark.parametrize("method", ["aclose", "close"])
 @pytest.mark.parametrize("asynchronous", [True, False])
-async def test_a_worker_is_closed_by_the_method_it_has(method: str, asynchronous: bool) -> None:
+async def test_a_worker_is_closed_by_the_method_it_has(
+    method: str, asynchronous: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """`aclose` or `close`, plain or async."""
     closed = []
 
@@ -33,6 +35,7 @@ async def test_a_worker_is_closed_by_the_method_it_has(method: str, asynchronous
     async with whitepool.open_pool(make, pool_size=1):
         assert not closed
     assert len(closed) == 1
+    assert not caplog.records
 
 
 async def test_a_worker_without_a_close_is_left_alone() -> None:
@@ -77,15 +80,41 @@ async def test_a_class_may_bring_its_own_manager() -> None:
 async def test_a_manager_that_was_given_is_the_one() -> None:
     """What a class brings is for bare factories only."""
 
+    class Own(whitepool.WorkerManager[Any]):
+        async def close(self, worker: Any) -> None:
+            pytest.fail("it is not to be asked")
+
     class Worker:
-        __worker_manager__ = None
+        __worker_manager__: ClassVar[whitepool.WorkerManager[Any]] = Own()
+
+    closed = []
 
     class Given(whitepool.WorkerManager[Worker]):
         async def create(self) -> Worker:
             return Worker()
 
-    async with whitepool.open_pool(Given(), pool_size=1) as session, session.worker():
+        async def close(self, worker: Worker) -> None:
+            closed.append(worker)
+
+    async with whitepool.open_pool(Given(), pool_size=1) as session, session.worker() as worker:
         pass
+    assert closed == [worker]
+
+
+def test_a_manager_that_opens_nothing() -> None:
+    """The error says what is missing, and guesses only at a method of its own that is like it."""
+
+    class Empty(whitepool.WorkerManager[Any]):
+        def polish(self, worker: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=r"^Empty implements neither create nor lifespan$"):
+        whitepool.Pool(Empty())
+
+    class Misspelt(Empty):
+        async def created(self) -> Any: ...
+
+    with pytest.raises(TypeError, match=r"did you mean that by created\?$"):
+        whitepool.Pool(Misspelt())
 
 
 async def test_a_manager_must_be_able_to_create() -> None:

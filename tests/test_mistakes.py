@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
-from workshop import Manager, Tool, Workshop
+from workshop import Manager, Tool, Workshop, hang
 
 import whitepool
 
@@ -389,20 +389,35 @@ async def test_a_nested_checkout(
             await nested(session)
 
 
-async def test_a_checkout_that_is_not_nested(autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize("by", ["block_checkout", "worker"])
+async def test_a_checkout_that_is_not_nested(by: str, autojump_clock: MockClock) -> None:
     """Another task holds the last worker: that is no mistake."""
     ends: list[str] = []
     async with whitepool.open_pool(Workshop().make, pool_size=1, max_overflow=0) as session:
 
         async def wait() -> None:
             with pytest.raises(whitepool.CheckoutTimeout) as caught:
-                await session.block_checkout(1)
+                if by == "worker":
+                    await enter(session)
+                else:
+                    await session.block_checkout()
             ends.append(str(caught.value))
 
         async with session.worker(), trio.open_nursery() as nursery:
             nursery.start_soon(wait)
     assert len(ends) == 1
     assert "seems to hold" not in ends[0]
+
+
+async def test_a_second_checkout_that_waits_for_a_start(autojump_clock: MockClock) -> None:
+    """There would be a worker for it, if that start did not take so long: that is no mistake."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1) as session:
+        shop.before_open = hang
+        with pytest.raises(whitepool.CheckoutTimeout) as caught:
+            await held_by_block(session)
+    assert "1 starting" in str(caught.value)
+    assert "seems to hold" not in str(caught.value)
 
 
 async def test_a_group_is_named_by_its_errors(caplog: pytest.LogCaptureFixture) -> None:
@@ -486,6 +501,7 @@ async def test_why_it_crashed_is_known_when_it_is_closed() -> None:
         with pytest.raises(whitepool.WorkerLost) as caught:
             resource.get()
         assert caught.value.__cause__ is None
+        assert str(caught.value) == "the worker crashed while it was checked out"
         proceed.set()
         await wait_all_tasks_blocked()
         with pytest.raises(whitepool.WorkerLost, match="the background task crashed"):
@@ -502,6 +518,18 @@ async def test_a_worker_that_the_pool_has_closed_can_be_looked_at() -> None:
         assert resource.get().closed
         assert resource.lost.is_set()
         session.checkin(resource)
+
+
+async def test_a_worker_that_leaves_after_its_checkout() -> None:
+    """What the client was given to wait for is not set: nothing was lost under it."""
+    async with whitepool.open_pool(Workshop().make, pool_size=1) as session:
+        resource = await session.block_checkout()
+        lost = resource.lost
+        assert resource.lost is lost
+        session.checkin(resource)
+        await session.safe_shutdown()
+        assert session.statistics().retired == 1
+        assert not lost.is_set()
 
 
 async def test_a_worker_that_the_pool_closes_under_its_client() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -106,6 +107,20 @@ BAD_OPTIONS: list[tuple[str, Any, type[Exception]]] = [
     ("held_warning", "60", TypeError),
     ("hooks", [], TypeError),
 ]
+
+
+@pytest.mark.parametrize(
+    ("lazy", "min_ready", "problem"),
+    [
+        pytest.param(False, 6, "min_ready is 6, but pool_size is 5", id="more than there are"),
+        pytest.param(True, 1, "min_ready is 1, but a lazy pool opens none", id="one of none"),
+        pytest.param(True, 0, None, id="none of none"),
+    ],
+)
+def test_how_many_may_have_to_be_ready(lazy: bool, min_ready: int, problem: str | None) -> None:
+    """As many as the pool opens by itself: it could not be opened otherwise."""
+    with nullcontext() if problem is None else pytest.raises(ValueError, match=f"^{problem}$"):
+        Options(lazy=lazy, min_ready=min_ready)
 
 
 @pytest.mark.parametrize(("option", "value", "error"), BAD_OPTIONS)

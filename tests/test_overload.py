@@ -389,6 +389,14 @@ def test_whether_the_excess_is_lasting(joined: int, expected: bool) -> None:
     assert count_one(Excess(), joined, 100).is_lasting(1) is expected
 
 
+def test_the_excess_of_half_a_second() -> None:
+    """It is judged by what is served in two timeouts, whatever these are."""
+    for joined, expected in (100 + 200 + 8, False), (100 + 200 + 9, True):
+        excess = Excess()
+        excess.count(10.5, since=10, timeout=0.5, then=Look(0, 0), look=Look(joined, 100))
+        assert excess.is_lasting(0.5) is expected
+
+
 def test_the_excess_is_judged_by_each_timeout() -> None:
     """What is no chance for a waiter in a hurry may be for one with more time."""
     excess = count_one(Excess(), 400, 100, timeout=5)
@@ -411,12 +419,29 @@ def test_the_excess_drains_while_no_task_waits_for_long() -> None:
     assert excess.tasks == 0
 
 
+def test_the_excess_drains_at_the_rate_of_all_that_were_served() -> None:
+    """In however many seconds that was."""
+    excess = Excess()
+    excess.count(12, since=10, timeout=1, then=Look(0, 0), look=Look(400, 200))
+    assert excess.tasks == 200
+    excess.count(15, since=14, timeout=1, then=Look(500, 300), look=Look(600, 400))
+    assert excess.tasks == 200 - 2 * 50
+
+
 def test_a_queue_that_drains_gives_no_credit() -> None:
     """Where more were served than joined, the next excess counts from zero."""
     excess = count_one(Excess(), 50, 100)
     assert excess.tasks == 0
     excess.count(12, since=11, timeout=1, then=Look(50, 100), look=Look(350, 200))
     assert excess.tasks == 200
+
+
+def test_one_task_too_many_is_an_excess() -> None:
+    """Until it has been served."""
+    excess = count_one(Excess(), 101, 100)
+    assert excess.tasks == 1
+    excess.count(12, since=11, timeout=1, then=Look(101, 100), look=Look(201, 201))
+    assert excess.tasks == 0
 
 
 def test_waiters_at_the_same_time_count_once() -> None:
@@ -436,13 +461,25 @@ def test_the_excess_has_a_bound() -> None:
     assert excess.tasks == 2 * (8 + 2 * 2 * 100)
 
 
-@pytest.mark.parametrize(("waited", "expected"), [(0.7, 400), (0.75, 0)])
-def test_a_stall_makes_no_excess(waited: float, expected: float) -> None:
+def test_the_bound_of_short_timeouts() -> None:
+    """It is theirs, also where a waiter had more time when there was no excess."""
+    excess = count_one(Excess(), 10_000, 100, timeout=0.5)
+    assert excess.tasks == 2 * (8 + 2 * 0.5 * 100)
+    excess = count_one(Excess(), 100, 100, timeout=5)
+    excess.count(12, since=11, timeout=1, then=Look(100, 100), look=Look(200, 200))
+    excess.count(13, since=12, timeout=1, then=Look(200, 200), look=Look(9000, 300))
+    assert excess.tasks == 2 * (8 + 2 * 1 * 100)
+
+
+@pytest.mark.parametrize("timeout", [1, 2, 0.5])
+@pytest.mark.parametrize(("waited", "expected"), [(0.7, 200), (0.75, 0)])
+def test_a_stall_makes_no_excess(waited: float, expected: float, timeout: float) -> None:
     """If none was served for three quarters of a timeout, what has joined since counts no more."""
     excess = Excess()
-    excess.count(10, since=9, timeout=1, then=Look(0, 0), look=Look(100, 100))
-    excess.count(10 + waited, since=10, timeout=1, then=Look(100, 100), look=Look(300, 100))
-    assert excess.tasks == min(expected, 200)
+    excess.count(10, since=9, timeout=timeout, then=Look(0, 0), look=Look(1000, 1000))
+    now = 10 + waited * timeout
+    excess.count(now, since=10, timeout=timeout, then=Look(1000, 1000), look=Look(1200, 1000))
+    assert excess.tasks == expected
 
 
 def test_a_short_wait_is_no_stall() -> None:
@@ -462,6 +499,31 @@ def test_how_fast_tasks_are_served_is_learned_anew() -> None:
         then = look
     assert excess.tasks == 40
     assert excess.is_lasting(1)
+
+
+@pytest.mark.parametrize("timeout", [1, 4])
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        pytest.param([100] * 10, 100, id="as many in each"),
+        pytest.param([100] * 10 + [10], 1010 / 11, id="ten timeouts count in full"),
+        pytest.param([100] * 11, 100, id="as many in each of more"),
+        pytest.param([100] * 11 + [10], 560 / 6.5, id="of more, half of all"),
+        pytest.param([100] * 11 + [10] * 6, 310 / 6.25, id="and a quarter"),
+    ],
+)
+def test_how_long_the_past_counts(counts: list[int], expected: float, timeout: float) -> None:
+    """Of how many are served in a timeout, on average, if so many were in one after the other.
+
+    The bound of the excess shows it.
+    """
+    excess, then, now = Excess(), Look(0, 0), 100.0
+    for number, count in enumerate(counts, 1):
+        many = 10**6 if number == len(counts) else 0
+        look = Look(then.joined + count + many, then.served + count)
+        excess.count(now + timeout, since=now, timeout=timeout, then=then, look=look)
+        now, then = now + timeout, look
+    assert excess.tasks == pytest.approx(2 * (8 + 2 * expected))
 
 
 @pytest.mark.parametrize(
@@ -516,21 +578,22 @@ def test_whether_the_queue_is_full(
     assert overload.is_queue_full(waiting, max_waiting, obtainable) is expected
 
 
-def serve_all(*waits: float) -> Excess:
-    """Look every half second at a waiter with a timeout of a second, and at a hundred tasks that were
-    served since the last look, and had waited for so long."""
+def serve_all(*waits: float, timeout: float = 1) -> Excess:
+    """Look twice in each timeout at a waiter, and at a hundred tasks that were served since the last
+    look, and had waited for such a share of the timeout."""
     excess, total = Excess(), 0.0
     for number, wait in enumerate(waits, 1):
-        total += 100 * wait
-        now = number / 2
+        total += 100 * wait * timeout
+        now = number * timeout / 2
         look = Look(100 * number, 100 * number, total)
-        excess.count(now, since=0, timeout=1, then=Look(0, 0), look=look)
+        excess.count(now, since=0, timeout=timeout, then=Look(0, 0), look=look)
     return excess
 
 
 LATE, GOOD, MIDDLING = 0.75, 0.1, 0.5
 
 
+@pytest.mark.parametrize("timeout", [1, 2, 0.5])
 @pytest.mark.parametrize(
     ("waits", "expected"),
     [
@@ -542,11 +605,29 @@ LATE, GOOD, MIDDLING = 0.75, 0.1, 0.5
         pytest.param([MIDDLING] * 20, False, id="never"),
     ],
 )
-def test_whether_tasks_are_served_late(waits: list[float], expected: bool) -> None:
+def test_whether_tasks_are_served_late(waits: list[float], expected: bool, timeout: float) -> None:
     """As many are served as join, so there is no excess."""
-    excess = serve_all(*waits)
+    excess = serve_all(*waits, timeout=timeout)
     assert excess.tasks == 0
-    assert excess.is_lasting(1) is expected
+    assert excess.is_lasting(timeout) is expected
+
+
+def test_tasks_in_a_hurry_do_not_say_that_all_are_late() -> None:
+    """How late is late goes by the longest timeout since there has been an excess."""
+    excess = count_one(Excess(), 150, 100, timeout=5)
+    for number in range(1, 20):
+        served, wait_time = 100 + 10 * number, 10 * number * 0.09
+        look = Look(50 + served, served, wait_time)
+        excess.count(11 + number / 10, since=10.5, timeout=0.1, then=Look(75, 50), look=look)
+    assert excess.tasks == 50
+    assert not excess.is_lasting(1)
+
+
+def test_tasks_are_late_for_as_long_as_others_wait() -> None:
+    """One that has joined in the moment of the last look has waited ever since."""
+    excess = serve_all(*[LATE] * 9)
+    excess.count(5, since=4.5, timeout=1, then=Look(900, 900), look=Look(901, 900, 675))
+    assert excess.is_lasting(1)
 
 
 @pytest.mark.parametrize("served", [900, 901])

@@ -112,6 +112,22 @@ async def test_opening_gives_up_on_a_hanging_factory(autojump_clock: trio.testin
     assert shop.opening == 0
 
 
+async def test_opening_gives_up_on_a_factory_that_hears_of_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """No start has failed by then, so the error tells of none."""
+    shop = Workshop()
+
+    async def deafly(_: int) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(20)
+
+    shop.before_open = deafly
+    with pytest.raises(whitepool.PoolStartError, match=r"0 of 1 workers started within 10 s$"):
+        async with whitepool.open_pool(shop.make, pool_size=1, start_timeout=10):
+            pytest.fail("it must not open")
+
+
 async def test_a_final_error_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """A factory's own PoolStartError ends opening at once, whatever pause chance would have made."""
     monkeypatch.setattr("random.uniform", lambda low, _: low)
@@ -258,6 +274,31 @@ async def test_a_cancelled_service_lets_its_clients_finish(
     assert cleaned_up == [True]
     assert not shop.alive
     assert trio.current_time() == pytest.approx(0.5)
+
+
+async def test_a_cancelled_service_does_not_wait_for_long(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Its clients have half of `close_timeout`. Then what they hold is closed under them."""
+    shop = Workshop()
+    closed_at: list[float] = []
+
+    async def client(session: whitepool.Session[Tool]) -> None:
+        async with session.worker():
+            with trio.CancelScope(shield=True):
+                await trio.sleep(100)
+
+    async def note(_: Tool) -> None:
+        closed_at.append(trio.current_time())
+
+    shop.before_close = note
+    async with trio.open_nursery() as nursery:
+        pool = whitepool.Pool(shop.make, pool_size=1, close_timeout=4)
+        session = await nursery.start(pool.run_service)
+        nursery.start_soon(client, session)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert closed_at == [2]
 
 
 async def test_a_service_that_cannot_start_says_so(autojump_clock: trio.testing.MockClock) -> None:

@@ -12,6 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from workshop import Manager, Tool, Workshop, hang, nothing, open_checked_pool, raising, tool_of
 
 import whitepool
+from whitepool._backoff import FAILURE_RESET_AFTER
 
 pytestmark = pytest.mark.usefixtures("no_hanging")
 
@@ -111,6 +112,34 @@ async def test_idle_workers_go_at_once_where_overflow_is_allowed() -> None:
         assert session.statistics().idle == 2
 
 
+@pytest.mark.parametrize(
+    ("idle", "before", "after", "left"),
+    [
+        pytest.param(5, (5, 0), (2, 3), 2, id="all that are beyond the new size"),
+        pytest.param(5, (3, 2), (2, 3), 4, id="not those that were overflow before"),
+        pytest.param(5, (1, 4), (2, 3), 5, id="none where the pool grows"),
+        pytest.param(2, (5, 0), (3, 0), 2, id="none where there are fewer than may be"),
+        pytest.param(5, (1, 4), (1, 1), 2, id="those that are beyond the limit"),
+        pytest.param(3, (1, 2), (1, 1), 2, id="the one that is beyond the limit"),
+    ],
+)
+async def test_how_many_idle_workers_go(
+    idle: int, before: tuple[int, int], after: tuple[int, int], left: int
+) -> None:
+    """As many as the size is smaller, of those beyond it, and all that there may not be."""
+    shop = Workshop()
+    async with open_checked_pool(
+        shop.make, pool_size=before[0], max_overflow=before[1], lazy=True, overflow_ttl=math.inf
+    ) as session:
+        held = [await session.block_checkout() for _ in range(idle)]
+        for resource in held:
+            session.checkin(resource)
+        session.resize(*after)
+        assert session.statistics().idle == left
+        await wait_all_tasks_blocked()
+        assert session.statistics().idle == len(shop.alive) == left
+
+
 async def test_the_one_that_was_used_last_stays() -> None:
     """Those that were idle the longest go."""
     shop = Workshop()
@@ -142,6 +171,18 @@ async def test_those_in_use_go_when_they_are_returned(autojump_clock: MockClock)
         async with session.worker(0):
             pass
         assert session.statistics().retired == 2
+
+
+async def test_the_one_that_is_too_many_goes_when_it_is_returned(autojump_clock: MockClock) -> None:
+    """The other one stays."""
+    shop = Workshop()
+    async with open_checked_pool(shop.make, pool_size=2, max_overflow=0) as session:
+        first, second = await session.block_checkout(), await session.block_checkout()
+        session.resize(1)
+        session.checkin(first)
+        assert (session.statistics().idle, session.statistics().retired) == (0, 1)
+        session.checkin(second)
+        assert (session.statistics().idle, session.statistics().retired) == (1, 1)
 
 
 async def test_what_may_stay_lingers_as_overflow(autojump_clock: MockClock) -> None:
@@ -438,6 +479,8 @@ async def test_a_failure_that_is_forgotten_keeps_no_worker(autojump_clock: MockC
         session.resize(max_overflow=0)
         shop.before_open = nothing
         session.checkin(resource)
-        await trio.sleep(10)
+        await trio.sleep(FAILURE_RESET_AFTER - 0.1)
+        assert not shop.tools[0].closed
+        await trio.sleep(0.2)
         assert shop.tools[0].closed
         assert session.statistics().idle == 1

@@ -203,6 +203,42 @@ async def test_twice_is_not_twice_as_much(autojump_clock: MockClock) -> None:
         assert session.statistics().retired == 3
 
 
+@pytest.mark.parametrize("over", [0, 5])
+async def test_a_pool_without_workers_has_none_to_replace(
+    over: float, autojump_clock: MockClock
+) -> None:
+    """It does nothing."""
+    shop = Workshop()
+    async with open_checked_pool(shop.make, pool_size=1, lazy=True) as session:
+        session.retire_all(over)
+        await trio.sleep(10)
+        async with session.worker():
+            pass
+        await trio.sleep(10)
+        assert (session.statistics().idle, session.statistics().started) == (1, 1)
+
+
+async def test_what_leaves_anyway_leaves_for_its_own_reason(autojump_clock: MockClock) -> None:
+    """A worker that is being closed, and one that is of no use, as its peer has hung up."""
+    shop = Workshop()
+    shop.before_close = lambda _: trio.sleep(20)
+    reasons: list[whitepool.Reason] = []
+    hooks = whitepool.Hooks(on_destroy=reasons.append)
+    async with open_checked_pool(
+        shop.make, pool_size=2, max_overflow=2, hooks=hooks, close_timeout=30
+    ) as session:
+        destroyed, hung_up = await session.block_checkout(), await session.block_checkout()
+        session.retire_all(over=10)
+        assert hung_up._entry is not None
+        session._supervisor.roster.mark(hung_up._entry, "hung_up")
+        session.destroyed(destroyed)
+        await trio.sleep(15)
+        session.checkin(hung_up)
+        await trio.sleep(21)
+        assert sorted(reasons) == ["destroyed", "hung_up"]
+        shop.before_close = nothing
+
+
 async def test_while_the_server_refuses_no_worker_goes(autojump_clock: MockClock) -> None:
     """They go when it is back, and are as good as they were until then."""
     shop = Workshop()

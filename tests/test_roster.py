@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -320,6 +322,32 @@ def test_the_next_to_be_replaced() -> None:
     add(roster, IDLE, idle_since=3)
     assert roster.next_expiring() is idle[1]
     roster.mark(idle[1], "crashed")
+    assert roster.next_expiring() is None
+
+
+@pytest.mark.parametrize("fewer", ["idle", "expiring"])
+def test_the_next_to_be_replaced_is_looked_for_among_the_fewer(fewer: str) -> None:
+    """Either may be long: all are idle, or all that are to be replaced are in use."""
+
+    class Untouched(OrderedDict[Any, None]):
+        def __iter__(self) -> Any:
+            pytest.fail("all of them were gone through")
+
+    class UntouchedToo(deque[Any]):
+        def __iter__(self) -> Any:
+            pytest.fail("all of them were gone through")
+
+    roster = new_roster()
+    if fewer == "idle":
+        for entry in (add(roster, IN_USE), add(roster, IN_USE)):
+            roster.mark(entry, "retire_all")
+        add(roster, IDLE)
+        roster.expiring = Untouched.fromkeys(roster.expiring)
+    else:
+        for _ in range(2):
+            add(roster, IDLE)
+        roster.mark(add(roster, IN_USE), "retire_all")
+        roster.idle = UntouchedToo(roster.idle)
     assert roster.next_expiring() is None
 
 

@@ -18,6 +18,8 @@ import trio.testing
 from workshop import Manager, Tool, Workshop, check_books, hang, nothing, raising, use
 
 import whitepool
+from whitepool._manager import on_discarded
+from whitepool._observing import observed
 
 Session = whitepool.Session[Tool]
 
@@ -387,6 +389,21 @@ async def test_max_waiting(autojump_clock: trio.testing.MockClock) -> None:
         assert session.statistics().timeouts == 0
 
 
+async def test_an_overload_tells_why_no_worker_starts(autojump_clock: trio.testing.MockClock) -> None:
+    """That may be why tasks wait."""
+    shop = Workshop()
+    refusal = OSError("connection refused")
+    async with pool(shop, pool_size=1, max_overflow=1, max_waiting=0) as session:
+        shop.before_open = raising(refusal)
+        async with session.worker(), trio.open_nursery() as nursery:
+            nursery.start_soon(use, session)
+            await trio.sleep(1)
+            with pytest.raises(whitepool.PoolOverloaded, match="connection refused") as caught:
+                await session.block_checkout()
+            assert caught.value.__cause__ is refusal
+            shop.before_open = nothing
+
+
 async def test_a_cancelled_waiter_leaves_no_trace() -> None:
     """It is out of the queue, and the next waiter is served. (Rule 3.)"""
     async with pool(pool_size=1) as session:
@@ -636,6 +653,22 @@ async def test_a_worker_that_cannot_be_reset_is_destroyed(
         assert trio.current_time() == pytest.approx(0 if how == "raises" else 2)
 
 
+async def test_writes_that_a_reset_has_discarded_are_counted() -> None:
+    """Each reset that tells of some."""
+    manager = Manager(Workshop())
+
+    async def roll_back(_: Tool) -> None:
+        on_discarded.get()()
+
+    manager.before_reset = roll_back
+    async with whitepool.open_pool(manager, pool_size=1) as session:
+        for discarded in 0, 1, 2:
+            assert session.statistics().discarded == discarded
+            async with session.worker() as tool:
+                manager.dirty.add(tool)
+            await trio.testing.wait_all_tasks_blocked()
+
+
 async def test_a_worker_that_is_dead_at_checkin_is_discarded() -> None:
     """And counted as lost. (Rule 6.)"""
     shop = Workshop()
@@ -743,6 +776,39 @@ async def test_tracing_tells_where_the_resource_was_checked_out(
     assert f"{__file__}:" in record.message
 
 
+@pytest.mark.parametrize("what", ["clean", "dead", "closed by the pool"])
+async def test_it_is_not_asked_in_vain_where_a_resource_was_checked_out(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A return costs nothing for it, unless a reset follows that may have something to tell."""
+    asked = Mock()
+    monkeypatch.setattr(tracemalloc, "get_object_traceback", asked)
+    manager = Manager(Workshop())
+    async with whitepool.open_pool(manager, pool_size=1, shutdown_timeout=0) as session:
+        resource = await session.block_checkout()
+        if what == "dead":
+            manager.dead.add(resource.get())
+        elif what == "closed by the pool":
+            await session.safe_shutdown(timeout=0)
+        session.checkin(resource)
+    asked.assert_not_called()
+
+
+async def test_a_worker_that_is_closed_meanwhile_has_not_leaked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The garbage collector has found its resource, and the pool closes it before it hears of that."""
+    async with pool(pool_size=1) as session:
+        with pytest.warns(ResourceWarning):
+            await session.block_checkout()
+            gc.collect()
+        session._supervisor.close_now()
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().state == "closed"
+    assert session.statistics().leaked == 0
+    assert not caplog.records
+
+
 async def test_a_resource_that_outlives_the_pool_is_no_leak() -> None:
     """The pool has closed its worker, so there is nothing to warn about. (Rule 8.)"""
     async with pool() as session:
@@ -823,6 +889,22 @@ async def test_shutdown_replaces_a_worker_that_a_waiter_still_needs() -> None:
         assert session.statistics().started == 2
 
 
+async def test_shutdown_lets_starts_finish_that_tasks_wait_for(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """They are not given up and begun again, which would take longer. (Rule 10.)"""
+    shop = Workshop()
+    async with pool(shop, pool_size=0, max_overflow=2) as session:
+        shop.before_open = lambda _: trio.sleep(2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use, session)
+            nursery.start_soon(use, session)
+            await trio.sleep(1)
+            nursery.start_soon(session.safe_shutdown)
+        assert trio.current_time() == 2
+        assert shop.attempts == session.statistics().checkouts == 2
+
+
 async def test_shutdown_closes_what_clients_hold_when_its_time_is_up(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -844,6 +926,28 @@ async def test_shutdown_closes_what_clients_hold_when_its_time_is_up(
         session.checkin(resource)
         assert session.statistics().idle == 0
         await session.safe_shutdown()  # it is idempotent
+
+
+async def test_a_worker_that_was_closed_under_its_client_is_not_asked() -> None:
+    """When it comes back late: not whether it is alive, nor whether it has to be reset. (Rule 10.)"""
+    asked: list[str] = []
+
+    class Asked(Manager):
+        def is_alive(self, worker: Tool) -> bool:
+            asked.append("is_alive")
+            return True
+
+        def needs_reset(self, worker: Tool) -> bool:
+            asked.append("needs_reset")
+            return True
+
+    async with whitepool.open_pool(Asked(Workshop()), pool_size=1) as session:
+        resource = await session.block_checkout()
+        await session.safe_shutdown(timeout=0)
+        asked.clear()
+        session.checkin(resource)
+        assert asked == []
+        assert session.statistics().retired == 1
 
 
 async def test_two_shutdowns_at_once(autojump_clock: trio.testing.MockClock) -> None:
@@ -1013,3 +1117,68 @@ async def test_the_last_error(autojump_clock: trio.testing.MockClock) -> None:
         shop.before_open = nothing
         async with session.worker(), session.worker(), session.worker():
             assert session.statistics().last_error is None
+
+
+# -- Observers -----------------------------------------------------------------------------------------
+
+
+class Notes:
+    """An observer that writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[Any, ...]] = []
+
+    def on_wait(self, waited: float, error: BaseException | None) -> None:
+        self.lines.append(("waited", waited, type(error)))
+
+    def on_checkout(self, waited: float) -> None:
+        self.lines.append(("checked out", waited))
+
+    def on_return(self, used: float) -> None:
+        self.lines.append(("returned", used))
+
+
+async def test_an_observer_hears_of_each_wait(autojump_clock: trio.testing.MockClock) -> None:
+    """Whatever becomes of it; and of each checkout, whether it had to wait or not."""
+    notes = Notes()
+    await trio.sleep(5)
+    async with pool(pool_size=1) as session:
+        watched = observed(session, notes)
+        assert isinstance(watched, whitepool.Session)
+        async with watched.worker():
+            await trio.sleep(4)
+        assert notes.lines == [("checked out", 0), ("returned", 4)]
+        notes.lines.clear()
+        held = await session.block_checkout()  # of this one, it hears nothing
+        async with trio.open_nursery() as nursery:
+
+            async def client() -> None:
+                async with watched.worker():
+                    await trio.sleep(3)
+
+            with pytest.raises(whitepool.CheckoutTimeout):
+                await watched.block_checkout(0.5)
+            with trio.move_on_after(0.25):
+                await watched.block_checkout()
+            nursery.start_soon(client)
+            await trio.sleep(2)
+            watched.checkin(held)
+        assert notes.lines == [
+            ("waited", 0.5, whitepool.CheckoutTimeout),
+            ("waited", 0.25, trio.Cancelled),
+            ("waited", 2, type(None)),
+            ("checked out", 2),
+            ("returned", 3),
+        ]
+
+
+async def test_an_observer_of_an_observed_session(autojump_clock: trio.testing.MockClock) -> None:
+    """It takes the place of the first one, and the session is of the same kind."""
+    first, second = Notes(), Notes()
+    async with pool(pool_size=1) as session:
+        watched = observed(session, first)
+        again = observed(watched, second)
+        assert type(again) is type(watched)
+        async with again.worker():
+            pass
+    assert (first.lines, second.lines) == ([], [("checked out", 0), ("returned", 0)])

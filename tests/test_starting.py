@@ -145,7 +145,7 @@ async def test_nothing_is_started_for_a_worker_that_is_ready(autojump_clock: Moc
     shop = Workshop()
     async with (
         whitepool.open_pool(
-            shop.make, pool_size=0, max_overflow=8, overflow_ttl=100, max_starting=8
+            shop.make, pool_size=0, max_overflow=16, overflow_ttl=100, max_starting=8
         ) as session,
         trio.open_nursery() as nursery,
     ):
@@ -187,6 +187,7 @@ async def test_a_block_is_entered_once() -> None:
         async with block:
             with pytest.raises(RuntimeError, match="entered already"):
                 await block.__aenter__()
+            assert session.statistics().checkouts == 1
         async with block:
             assert session.statistics().in_use == 1
         assert session.statistics().in_use == 0
@@ -410,3 +411,21 @@ async def test_where_probes_are_turned_off_new_workers_are_not_asked(
         await trio.sleep(1)
         assert session.statistics().started == 3
         assert manager.checks == 0
+
+
+async def test_how_long_starts_take_is_reported() -> None:
+    """Of the workers that are open, and of each that is opened from then on."""
+    shop = Workshop()
+    seconds: list[float] = []
+    async with open_checked_pool(shop.make, pool_size=2, max_overflow=0) as session:
+        session._supervisor.starter.observe(seconds.append)
+        assert len(seconds) == 2
+        session.destroyed(await session.block_checkout())
+        await wait_all_tasks_blocked()
+        assert len(seconds) == 3
+        shop.before_open = hang
+        session.resize(3)
+        await wait_all_tasks_blocked()
+        later: list[float] = []
+        session._supervisor.starter.observe(later.append)
+        assert len(later) == 2  # and none of the one that is being opened

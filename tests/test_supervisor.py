@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -127,6 +129,27 @@ async def test_a_start_that_hangs_is_given_up(autojump_clock: trio.testing.MockC
         assert 3 <= trio.current_time() < 3.1
 
 
+async def test_a_start_that_hears_of_nothing_has_no_more_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """One that was not open within `start_timeout` has failed, even if it opens later. (Rule 5.)"""
+    shop = Workshop()
+
+    async def deafly(attempt: int) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(5 if attempt == 1 else 0)
+
+    shop.before_open = deafly
+    async with whitepool.open_pool(
+        shop.make, pool_size=1, max_overflow=0, lazy=True, start_timeout=3
+    ) as session:
+        async with session.worker(timeout=10) as tool:
+            assert tool.number == 2
+        assert shop.tools[0].closed
+        now = session.statistics()
+        assert (now.started, now.start_failures, now.lost) == (1, 1, 0)
+
+
 async def test_a_server_that_is_down_is_not_hammered(autojump_clock: trio.testing.MockClock) -> None:
     """One start at a time, with pauses; and the pool survives. (Rule 5.)"""
     shop = Workshop()
@@ -195,6 +218,43 @@ async def test_a_crash_is_logged_with_its_reason(caplog: pytest.LogCaptureFixtur
     assert record.message.startswith("worker_lost pool=mine reason=crashed")
 
 
+async def test_a_worker_that_ends_by_itself_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+    """Although there is no error to tell."""
+    shop = Workshop()
+    scopes: list[trio.CancelScope] = []
+
+    class Fragile(Manager):
+        @asynccontextmanager
+        async def lifespan(self) -> AsyncIterator[Tool]:
+            async with trio.open_nursery() as nursery, super().lifespan() as tool:
+                scopes.append(nursery.cancel_scope)
+                yield tool
+
+    async with whitepool.open_pool(Fragile(shop), pool_size=1, name="mine") as session:
+        await trio.testing.wait_all_tasks_blocked()
+        scopes[0].cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().idle == session.statistics().lost == 1
+    (record,) = caplog.records
+    assert record.message == ("worker_lost pool=mine reason=crashed error=its lifespan ended by itself")
+
+
+async def test_a_worker_that_has_left_is_freed_at_once() -> None:
+    """It does not wait for the garbage collector."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1) as session:
+        await trio.testing.wait_all_tasks_blocked()
+        (tool,) = (weakref.ref(tool) for tool in shop.tools)
+        shop.tools.clear()
+        gc.disable()
+        try:
+            session.destroyed(await session.block_checkout())
+            await trio.testing.wait_all_tasks_blocked()
+            assert tool() is None
+        finally:
+            gc.enable()
+
+
 async def test_a_worker_with_a_nursery_lives_and_leaves_in_one_task() -> None:
     """Its context manager is entered and left in the worker task."""
     tasks = []
@@ -226,6 +286,29 @@ async def test_a_worker_that_hangs_in_closing_is_abandoned(
             assert trio.current_time() == pytest.approx(2)
         shop.before_close = nothing
     assert any(record.message.startswith("close_failed") for record in caplog.records)
+
+
+async def test_a_lifespan_that_hangs_at_its_end_is_abandoned(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a worker that hangs in closing, and the log says so."""
+
+    class Hanging(Manager):
+        @asynccontextmanager
+        async def lifespan(self) -> AsyncIterator[Tool]:
+            async with super().lifespan() as tool:
+                yield tool
+            if tool.number == 1:
+                await trio.sleep_forever()
+
+    async with whitepool.open_pool(
+        Hanging(Workshop()), pool_size=1, max_overflow=0, close_timeout=2, name="mine"
+    ) as session:
+        session.destroyed(await session.block_checkout())
+        async with session.worker():
+            assert trio.current_time() == 2
+    (record,) = caplog.records
+    assert record.message == "close_failed pool=mine error=TooSlowError: not closed within 2 s"
 
 
 async def test_closing_what_did_not_open_is_bounded(autojump_clock: trio.testing.MockClock) -> None:
@@ -315,7 +398,7 @@ async def test_a_worker_that_crashes_and_is_evicted_at_once() -> None:
 
 
 async def test_a_start_that_was_given_up_too_late_to_notice(
-    autojump_clock: trio.testing.MockClock,
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A worker that hears of nothing while it opens is closed when it has opened, and never counted."""
     shop = Workshop()
@@ -337,6 +420,7 @@ async def test_a_start_that_was_given_up_too_late_to_notice(
         check_books(session)
         assert session.statistics().started == 0
     assert not shop.alive
+    assert not caplog.records
 
 
 async def test_a_worker_that_fails_in_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -350,6 +434,19 @@ async def test_a_worker_that_fails_in_closing_is_logged(caplog: pytest.LogCaptur
     assert record.message == "close_failed pool=mine error=OSError: already closed"
 
 
+async def test_where_there_is_room_no_replacement_waits_for_a_close(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """However long that takes."""
+    shop = Workshop()
+    async with whitepool.open_pool(shop.make, pool_size=1, max_overflow=1) as session:
+        shop.before_close = lambda _: trio.sleep(3)
+        session.destroyed(await session.block_checkout())
+        await trio.testing.wait_all_tasks_blocked()
+        assert not shop.tools[0].closed
+        assert session.statistics().idle == 1
+
+
 async def test_room_taken_by_a_worker_being_closed_is_taken(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
@@ -361,6 +458,18 @@ async def test_room_taken_by_a_worker_being_closed_is_taken(
         async with session.worker():
             assert trio.current_time() == pytest.approx(1)
     assert shop.most_alive == 1
+
+
+async def test_the_supervisor_is_woken_once() -> None:
+    """However many calls, before it has had its turn: what it has to look at does not pile up."""
+    async with whitepool.open_pool(Workshop().make, pool_size=9) as session:
+        await trio.testing.wait_all_tasks_blocked()
+        resources = [await session.block_checkout() for _ in range(9)]
+        for resource in resources:
+            session.destroyed(resource)
+        assert session._supervisor._receive_ready.statistics().current_buffer_used <= 1
+        await trio.testing.wait_all_tasks_blocked()
+        assert session.statistics().idle == 9
 
 
 async def test_the_pool_is_off_the_path_of_a_clean_return() -> None:

@@ -199,6 +199,18 @@ def adding(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class Unreadable:
+    """A hook whose signature can't be read."""
+
+    __signature__ = "none"
+
+    def __init__(self, note: Callable[..., Any]) -> None:
+        self._note = note
+
+    def __call__(self, *arguments: Any) -> None:
+        self._note(*arguments)
+
+
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
@@ -210,8 +222,12 @@ def adding(function: Callable[..., Any]) -> Callable[..., Any]:
         (lambda note: transparent(lambda reason: note(reason)), 1),
         (lambda note: transparent(lambda reason, last_words: note(reason, last_words)), 2),
         (lambda note: adding(lambda added, reason: note(reason)), 1),
+        (Unreadable, 1),
     ],
-    ids=["one", "two", "by-name", "default", "any", "decorated", "decorated-two", "adding"],
+    ids=[
+        *("one", "two", "by-name", "default", "any", "decorated", "decorated-two", "adding"),
+        "unreadable",
+    ],
 )
 async def test_which_hooks_get_last_words(make: Callable[..., Any], arguments: int) -> None:
     """Those with a second parameter that can't be for anything else. The others get the reason only."""
@@ -291,6 +307,34 @@ async def test_suspects_are_probed_once_a_second(autojump_clock: MockClock) -> N
         assert used not in [tool for _, tool in later]
 
 
+async def test_opening_a_pool_waits_for_the_answers_of_suspects(autojump_clock: MockClock) -> None:
+    """A worker is not ready while it is probed, because another has left."""
+
+    class Crashing(Talking):
+        def lifespan(self) -> Any:
+            return self.shop.with_nursery()
+
+    manager = Crashing()
+    tools = manager.shop.tools
+
+    async def open_the_third_late(attempt: int) -> None:
+        if attempt == 3:
+            await trio.sleep(2)
+
+    async def crash_the_first() -> None:
+        await trio.sleep(1)
+        manager.words[tools[0]] = WORDS
+        tools[0].crash.set()
+
+    manager.shop.before_open = open_the_third_late
+    manager.before_check = lambda tool: trio.sleep(3 if tool is tools[1] else 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(crash_the_first)
+        async with whitepool.open_pool(manager, pool_size=3, max_overflow=0) as session:
+            assert trio.current_time() == 4
+            assert (session.statistics().idle, session.statistics().lost) == (3, 1)
+
+
 async def test_a_failed_probe_has_the_others_probed(autojump_clock: MockClock) -> None:
     """Half of the idle workers are probed at a time; once one is found dead, all others are."""
     manager = Talking()
@@ -330,6 +374,37 @@ async def test_a_suspect_may_have_less_time_to_answer(
         await trio.sleep(0.02)
         assert (session.statistics().lost, session.statistics().idle) == (2, 3)
         assert not old & set(manager.shop.alive)
+
+
+async def test_each_loss_is_logged_once(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With its error, and nothing has been suppressed."""
+    manager = Talking()
+    async with whitepool.open_pool(manager, pool_size=1, max_overflow=0) as session:
+        await probe_it_in_vain(manager, session)
+        await find_it_dead(manager, session)
+    lost = [vars(record) for record in caplog.records]
+    assert [(record["reason"], record.get("error")) for record in lost] == [
+        ("check_failed", "OSError: no answer"),
+        ("dead", None),
+    ]
+    assert not any("suppressed" in record for record in lost)
+
+
+async def test_a_worker_that_is_no_suspect_has_all_its_time(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordinary probe is bounded by `reset_timeout` only."""
+    monkeypatch.setattr(Talking, "_suspect_timeout", 1)
+    manager = Talking()
+    manager.before_check = lambda _: trio.sleep(4)
+    async with whitepool.open_pool(
+        manager, pool_size=1, max_overflow=0, check_interval=30, reset_timeout=5
+    ) as session:
+        await trio.sleep(40)
+        assert len(manager.probed) == 1
+        assert session.statistics().lost == 0
 
 
 async def test_a_hang_up_makes_no_worker_suspect(caplog: pytest.LogCaptureFixture) -> None:

@@ -217,13 +217,16 @@ async def test_a_timeout_of_zero(desk: Desk, mock_clock: MockClock) -> None:
     assert desk.ends == {"a": ("TimeIsUp", 0)}
 
 
-async def test_a_shorter_timeout_that_comes_later(desk: Desk, mock_clock: MockClock) -> None:
+@pytest.mark.parametrize("timeout", [2, 0.25])
+async def test_a_shorter_timeout_that_comes_later(
+    timeout: float, desk: Desk, mock_clock: MockClock
+) -> None:
     """It wakes the one task that keeps the time earlier than planned."""
     await desk.join("a", timeout=10)
     await let_pass(mock_clock, 1)
-    await desk.join("b", timeout=2)
-    await let_pass(mock_clock, 2)
-    assert desk.ends == {"b": ("TimeIsUp", 3)}
+    await desk.join("b", timeout)
+    await let_pass(mock_clock, timeout)
+    assert desk.ends == {"b": ("TimeIsUp", 1 + timeout)}
 
 
 async def test_a_cancelled_waiter_is_out_at_once(desk: Desk) -> None:
@@ -314,6 +317,29 @@ async def test_a_waiter_is_shed_while_the_queue_grows(
     assert desk.ends == {"a": ("Shed", 4)}
     assert desk.unserved == 1
     assert desk.waiting == late
+
+
+async def test_each_waiter_has_periods_of_its_own(impatient_desk: Desk, mock_clock: MockClock) -> None:
+    """They begin when it joins, and not when another one is looked at."""
+    desk = impatient_desk
+    for name in ("first", "second", "third"):
+        await desk.join(name)
+    await desk.join("a", timeout=10)
+    await desk.serve()
+    await let_pass(mock_clock, 1)
+    await desk.join("b", timeout=10)
+    await let_pass(mock_clock, 1)
+    for number in range(40):
+        await desk.join(f"late {number}")
+    await desk.serve()
+    await let_pass(mock_clock, 1)
+    for number in range(40):
+        await desk.join(f"later {number}")
+    await desk.serve()
+    await let_pass(mock_clock, 1)
+    assert desk.ends == {"a": ("Shed", 4)}
+    await let_pass(mock_clock, 1)
+    assert desk.ends == {"a": ("Shed", 4), "b": ("Shed", 5)}
 
 
 async def test_no_waiter_is_shed_at_its_first_look(impatient_desk: Desk, mock_clock: MockClock) -> None:
@@ -504,6 +530,23 @@ async def test_cancelled_waiters_do_not_pile_up(desk: Desk) -> None:
     await desk.join("c")
     assert desk.waiting == ["a", "b", "c"]
     assert len(desk.queue._waiters) <= 64 + 2 * 3
+
+
+async def test_to_leave_costs_the_same_however_many_wait(desk: Desk, mock_clock: MockClock) -> None:
+    """Neither the waiters nor their timers are gone through for one that leaves, or is looked at."""
+    for _ in range(200):
+        desk.nursery.start_soon(desk.wait, 100)
+    await desk.join("a", timeout=1)
+    await let_pass(mock_clock, 1)
+    waiters, timers = desk.queue._waiters, desk.queue._timers
+    assert len(timers) == 200
+    await desk.join("b", timeout=1)
+    await let_pass(mock_clock, 1)
+    assert list(desk.ends) == ["a", "b"]
+    assert desk.queue._waiters is waiters
+    assert desk.queue._timers is timers
+    for _ in range(200):
+        await desk.serve()
 
 
 async def test_stale_timers_do_not_pile_up(desk: Desk, mock_clock: MockClock) -> None:

@@ -193,8 +193,8 @@ def _check_manager(manager: WorkerManager[Any]) -> None:
         if getattr(getattr(manager, method), "__func__", None) is not getattr(WorkerManager, method)
     }
     if not overridden & {"create", "lifespan"}:
-        public = [word for word in dir(manager) if not word.startswith("_")]
-        misspelt = [word for word in public if did_you_mean(word, ("create", "lifespan"))]
+        own = [word for word in dir(manager) if not hasattr(WorkerManager, word)]
+        misspelt = [word for word in own if did_you_mean(word, ("create", "lifespan"))]
         hint = f": did you mean that by {misspelt[0]}?" if misspelt else ""
         raise TypeError(f"{name} implements neither create nor lifespan{hint}")
     for method in sorted(overridden):

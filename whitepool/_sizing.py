@@ -151,7 +151,7 @@ def idle_expired(
     for entry in idle:
         # With its jitter, one that comes later may come due earlier, but not before this.
         earliest = entry.idle_since + idle_timeout * SMALLEST_JITTER
-        if earliest > max(now, next_due):
+        if earliest > next_due:
             break
         if entry.evict_reason is None:
             due = entry.idle_since + idle_timeout * entry.jitter
