@@ -138,6 +138,20 @@ async def test_overflow_that_is_refused(
             session.checkin(resource)
 
 
+async def test_a_worker_that_was_waited_for_is_not_called_in(autojump_clock: MockClock) -> None:
+    """A saturated pool that has at last got a place serves with it, before it leaves one to others."""
+    for _ in range(100):
+        manager = Crowded(places=2)
+        async with open_checked_pool(manager, pool_size=2, max_overflow=3) as session:
+            held = [await session.block_checkout() for _ in range(2)]
+            with pytest.raises(whitepool.CheckoutTimeout):
+                await session.block_checkout(20)
+            manager.places = 3
+            held.append(await session.block_checkout(3.2))
+            for resource in held:
+                session.checkin(resource)
+
+
 async def test_workers_may_bring_the_manager_that_knows(
     caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
 ) -> None:

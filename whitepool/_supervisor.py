@@ -125,7 +125,7 @@ class Supervisor(Generic[T]):
         Its state is IN_USE if a client has just returned it, else SERVICING.
         """
         # 1. The pool has been resized, and has too many; or it leaves a place to others.
-        if self._seeks_surplus and (self.roster.too_many > 0 or self._leaves_place(now)):
+        if self._seeks_surplus and (self.roster.too_many > 0 or self._leaves_place(entry, now)):
             self.evict(entry, "overflow")
         # 2. A task waits for it.
         elif self.queue.waiting:
@@ -284,9 +284,10 @@ class Supervisor(Generic[T]):
         """Have the next worker that comes back seen by `Sharing.takes`."""
         self._seeks_surplus = True
 
-    def _leaves_place(self, now: float) -> bool:
-        """Say whether a worker that has come back is to leave its place to others."""
-        if self.draining or not self.sharing.takes(now):
+    def _leaves_place(self, entry: Entry[T], now: float) -> bool:
+        """Say whether a worker that has come back leaves its place to others. A new one never does."""
+        was_used = entry.in_use_since > -math.inf
+        if self.draining or not was_used or not self.sharing.takes(now):
             return False
         self.starter.try_by(self.sharing.left_until)
         return True

@@ -18,24 +18,20 @@ from whitepool.postgres import open_pool
 
 WORK = "SELECT pg_sleep(0.02)"
 
-LAST = 7.0
-"""Seconds at the end, of which what was served is told, too."""
-
 
 async def main(dsn: str, pool_size: int, max_overflow: int, clients: int, stop_at: float) -> None:
     begun = time.time()
     first = None
-    served = served_in_the_end = 0
+    served = 0
     now = None
 
     async def client() -> None:
-        nonlocal first, served, served_in_the_end
+        nonlocal first, served
         while True:
             with suppress(whitepool.CheckoutTimeout, whitepool.PoolOverloaded):
                 async with session.worker(3) as connection:
                     await connection.execute(WORK)
                     served += 1
-                    served_in_the_end += time.time() > stop_at - LAST
                     first = first or time.time()
 
     error = None
@@ -55,7 +51,6 @@ async def main(dsn: str, pool_size: int, max_overflow: int, clients: int, stop_a
             {
                 "first": first and first - begun,
                 "per_second": served / (stop_at - begun),
-                "in_the_end": served_in_the_end / LAST,
                 "refused_per_second": now and now.start_failures / (stop_at - begun),
                 "started": now and now.started,
                 "open": now and now.idle + now.in_use,
