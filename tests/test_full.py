@@ -327,10 +327,9 @@ async def test_under_load_too(autojump_clock: MockClock) -> None:
         nursery.start_soon(partial(keep_busy, session, 12, seconds=0.5))
         for _ in range(20):
             await trio.sleep(15)
-            age = max(
-                trio.current_time() - entry.opened_at for entry in session._supervisor.roster.entries
-            )
-            assert age < 60 + 3 * sharing.EXCHANGE_PAUSE
+            entries = session._supervisor.roster.entries
+            oldest = min(entry.opened_at for entry in entries if entry.is_open)
+            assert trio.current_time() - oldest < 60 + 3 * sharing.EXCHANGE_PAUSE
             assert len(manager.shop.alive) >= 2
         nursery.cancel_scope.cancel()
 
