@@ -14,7 +14,7 @@ help:
 	@echo "make test-lowest   the tests, with the oldest releases that the package allows"
 	@echo "make test-pgbouncer   those that need PgBouncer"
 	@echo "make fuzz   a hundred thousand seeds against a mad server, and Ctrl-C at 25,000 instants: an hour"
-	@echo "make mutants   break the core in 300 small ways, and see whether a test goes red: four minutes"
+	@echo "make mutants   break the core in 300 small ways, and see whether a test goes red: six minutes"
 	@echo "make lint   ruff, spelling, and the workflows"
 	@echo "make types  mypy --strict"
 	@echo "make bench  the benchmarks, in fifteen minutes, in an environment of their own"

@@ -23,6 +23,7 @@ from rich.text import Text
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+# They are examples, which the line above has made importable.
 import quickstart  # noqa: E402
 from embedded_postgres import database_url  # noqa: E402
 

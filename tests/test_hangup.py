@@ -57,6 +57,12 @@ async def news(watch: HangupWatch[str]) -> list[str]:
     return watch.hung_up()
 
 
+async def note_news(watch: HangupWatch[str], woken: trio.Event) -> None:
+    """Wait until a peer may have hung up, and set an event."""
+    await watch.wait()
+    woken.set()
+
+
 async def is_quiet(watch: HangupWatch[Any]) -> bool:
     """Say whether no task is woken."""
     with trio.move_on_after(PATIENCE):
@@ -82,13 +88,8 @@ async def test_a_look_wakes_no_task_either(pair: Pair, watch: HangupWatch[str]) 
     """If it finds nothing; and it does not keep other tasks from running."""
     watch.add(pair[0].fileno(), "worker")
     woken = trio.Event()
-
-    async def wait() -> None:
-        await watch.wait()
-        woken.set()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait)
+        nursery.start_soon(note_news, watch, woken)
         await wait_all_tasks_blocked()
         began = perf_counter()
         assert watch.hung_up() == []
@@ -237,13 +238,8 @@ async def test_a_task_that_waits_hears_of_a_new_beginning(watch: HangupWatch[str
     fileno, copy = ours.fileno(), os.dup(ours.fileno())
     watch.add(fileno, "worker")
     woken = trio.Event()
-
-    async def wait() -> None:
-        await watch.wait()
-        woken.set()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait)
+        nursery.start_soon(note_news, watch, woken)
         await wait_all_tasks_blocked()
         ours.close()
         watch.remove(fileno, "worker")

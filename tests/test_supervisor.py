@@ -218,21 +218,27 @@ async def test_a_crash_is_logged_with_its_reason(caplog: pytest.LogCaptureFixtur
     assert record.message.startswith("worker_lost pool=mine reason=crashed")
 
 
+class Fragile(Manager):
+    """Makes workers that end when the scope around them is cancelled."""
+
+    def __init__(self, shop: Workshop) -> None:
+        super().__init__(shop)
+        self.scopes: list[trio.CancelScope] = []
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[Tool]:
+        async with trio.open_nursery() as nursery, super().lifespan() as tool:
+            self.scopes.append(nursery.cancel_scope)
+            yield tool
+
+
 async def test_a_worker_that_ends_by_itself_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
     """Although there is no error to tell."""
     shop = Workshop()
-    scopes: list[trio.CancelScope] = []
-
-    class Fragile(Manager):
-        @asynccontextmanager
-        async def lifespan(self) -> AsyncIterator[Tool]:
-            async with trio.open_nursery() as nursery, super().lifespan() as tool:
-                scopes.append(nursery.cancel_scope)
-                yield tool
-
-    async with whitepool.open_pool(Fragile(shop), pool_size=1, name="mine") as session:
+    manager = Fragile(shop)
+    async with whitepool.open_pool(manager, pool_size=1, name="mine") as session:
         await trio.testing.wait_all_tasks_blocked()
-        scopes[0].cancel()
+        manager.scopes[0].cancel()
         await trio.testing.wait_all_tasks_blocked()
         assert session.statistics().idle == session.statistics().lost == 1
     (record,) = caplog.records
@@ -378,18 +384,10 @@ async def test_closing_what_has_crashed_is_bounded(autojump_clock: trio.testing.
 async def test_a_worker_that_crashes_and_is_evicted_at_once() -> None:
     """Its task is woken by the crash, and not again by the pool before it has had its turn."""
     shop = Workshop()
-    scopes: list[trio.CancelScope] = []
-
-    class Fragile(Manager):
-        @asynccontextmanager
-        async def lifespan(self) -> AsyncIterator[Tool]:
-            async with trio.open_nursery() as nursery, super().lifespan() as tool:
-                scopes.append(nursery.cancel_scope)
-                yield tool
-
-    async with whitepool.open_pool(Fragile(shop), pool_size=1) as session:
+    manager = Fragile(shop)
+    async with whitepool.open_pool(manager, pool_size=1) as session:
         await trio.testing.wait_all_tasks_blocked()
-        scopes[0].cancel()
+        manager.scopes[0].cancel()
         session.resize(0, 1)
         await trio.testing.wait_all_tasks_blocked()
         check_books(session)

@@ -357,6 +357,15 @@ async def in_a_stream_without_insert(connection: Connection) -> None:
     leftovers.append(stream)
 
 
+async def test_a_block_that_is_awaited(dsn: str) -> None:
+    """The error says what to write, and no connection is checked out."""
+    async with a_pool(dsn) as session:
+        block: Any = session.connection()
+        with pytest.raises(TypeError, match=r"write `async with session\.connection\(\) as c"):
+            await block
+        assert session.statistics().checkouts == 0
+
+
 async def test_nothing_to_commit_is_no_error(dsn: str) -> None:
     """With autocommit, a task that still waits for notifications loses nothing."""
     async with a_pool(dsn, autocommit=True, reset_timeout=0.2) as session:
