@@ -74,10 +74,14 @@ async def test_a_deadlock(
     onlooker.do("INSERT INTO notes VALUES ('a'), ('b')")
     meeting = Meeting()
     begun: list[str] = []
+    committed = trio.Event()
 
     def lock_in_order(*names: str) -> Callable[[Connection], Awaitable[None]]:
         async def lock(connection: Connection) -> None:
             begun.append(names[0])
+            if len(begun) > 2:
+                # Before the server has woken the other one, it could lock its first row once more.
+                await committed.wait()
             await connection.execute("SET LOCAL deadlock_timeout = '10ms'")
             for name in names:
                 await connection.execute("SELECT 1 FROM notes WHERE note = %s FOR UPDATE", (name,))
@@ -86,10 +90,14 @@ async def test_a_deadlock(
 
         return lock
 
+    async def run(*names: str) -> None:
+        await transact(session, lock_in_order(*names))
+        committed.set()
+
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(transact, session, lock_in_order("a", "b"))
-            nursery.start_soon(transact, session, lock_in_order("b", "a"))
+            nursery.start_soon(run, "a", "b")
+            nursery.start_soon(run, "b", "a")
     assert len(begun) == 3
 
 
