@@ -45,12 +45,22 @@ def test_the_pauses_grow_and_are_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "shortest", "longest"),
-    [(0, 0.5, 1.5), (1, 0.75, 1.5), (2, 1.5, 3), (6, 4, 8), (99, 4, 8)],
+    ("workers", "failures", "shortest", "longest"),
+    [
+        pytest.param(0, 9, 0.25, 0.75, id="none: twice a second"),
+        pytest.param(0, 10, 0.5, 1.5, id="none, after ten times: once a second"),
+        (1, 0, 0.75, 1.5),
+        (2, 0, 1.5, 3),
+        (2, 99, 1.5, 3),
+        (6, 0, 4, 8),
+        (99, 0, 4, 8),
+    ],
 )
-def test_the_pause_where_the_server_is_full(workers: int, shortest: float, longest: float) -> None:
-    """The fewer workers a pool has, the sooner it tries again; with none, once a second on average."""
-    pauses = [draw_pause_full(workers) for _ in range(1000)]
+def test_the_pause_where_the_server_is_full(
+    workers: int, failures: int, shortest: float, longest: float
+) -> None:
+    """The fewer workers a pool has, the sooner it tries again."""
+    pauses = [draw_pause_full(workers, failures) for _ in range(1000)]
     assert shortest <= min(pauses) < max(pauses) <= longest
     assert sum(pauses) / 1000 == pytest.approx((shortest + longest) / 2, rel=0.05)
 

@@ -18,6 +18,10 @@ LONGEST_BOUND_FULL = 8.0
 FAILURE_RESET_AFTER = 5.0
 """Seconds without a failure after which the next one counts as the first again."""
 
+FIRST_TRIES_FULL = 10
+"""So many times a pool without a worker tries twice a second to get one of a full server, on average.
+It has one by then, where other pools leave places to it. After that it tries once a second."""
+
 EARLY_DEATH_WINDOW = 1.0
 """Seconds. A worker that dies sooner after it was opened has died early."""
 
@@ -28,15 +32,16 @@ def longest_pause(failures: int) -> float:
     return min(LONGEST_BOUND, FIRST_BOUND * 2.0 ** min(failures - 1, 10))
 
 
-def draw_pause_full(workers: int) -> float:
+def draw_pause_full(workers: int, failures: int) -> float:
     """Return the seconds to wait if a server is full, and the pool has so many workers.
 
     It serves with those, so the pauses are longer than where a server is down. The fewer it has, the
     sooner it tries again, so that pools with few catch up. One that has none must not miss a place that
-    another pool leaves free for a moment (`_sharing.GAP`).
+    another pool leaves free for a moment (`_sharing.GAP`), and should get it before those that have
+    some. Its first pauses are half as long: `failures` is how often it has failed before.
     """
     if workers == 0:
-        return random.uniform(0.5, 1.5)
+        return random.uniform(0.25, 0.75) * (1 if failures < FIRST_TRIES_FULL else 2)
     return random.uniform(0.5, 1) * min(LONGEST_BOUND_FULL, 1.5 * workers)
 
 

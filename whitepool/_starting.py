@@ -21,7 +21,7 @@ from ._errors import PoolStartError, describe
 from ._log import PoolLog
 from ._options import Options
 from ._roster import Roster
-from ._sharing import Sharing
+from ._sharing import GAP, Sharing
 from ._statistics import Counters
 
 T = TypeVar("T")
@@ -152,9 +152,8 @@ class Starter(Generic[T]):
         self.backoff.succeeded(begun=entry.opened_at - entry.opening_time)
         self._sharing.on_opened(entry.opened_at)
         if self._sharing.is_full(entry.opened_at):
-            # There was one place. Others need the next more, if they have fewer workers.
-            pause = 0.25 * draw_pause_full(self._roster.open)
-            self.backoff.retry_at = max(self.backoff.retry_at, entry.opened_at + pause)
+            # There was one place. In this time, each pool that has no worker tries to get the next.
+            self.backoff.retry_at = max(self.backoff.retry_at, entry.opened_at + GAP)
         self._log.debug("worker_started", seconds=round(entry.opening_time, 6))
         for observe in self._observers:
             observe(entry.opening_time)
@@ -167,7 +166,7 @@ class Starter(Generic[T]):
         content with the workers that it has, if there is one, and goes on trying.
         """
         self._counters["start_failures"] += 1
-        pause = draw_pause_full(self._roster.open) if is_full else None
+        pause = draw_pause_full(self._roster.open, self.backoff.failures) if is_full else None
         self._back_off(error, begun, now, pause)
         if is_full:
             self._sharing.on_refused(now)

@@ -147,7 +147,7 @@ async def test_processes_share_it(onlooker: Onlooker, dsn: str) -> None:
         )
         onlooker.do("DROP ROLE fleet")
     assert [report["error"] for report in reports] == [None] * 4
-    assert max(report["first"] or math.inf for report in reports) < 6, reports
+    assert max(report["first"] or math.inf for report in reports) < 5, reports
     assert max(report["refused_per_second"] for report in reports) <= 1, reports
     rates = [report["per_second"] for report in reports]
     assert max(rates) < 3 * min(rates), reports
