@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import wraps
-from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -23,6 +22,7 @@ from ._checks import OnlyAsyncWith, check_runs_on_trio, did_you_mean
 from ._manager import Factory, FactoryManager, WorkerManager, check_factory
 from ._observing import tracking
 from ._options import Options
+from ._scheduling import Uninterrupted
 from ._session import Session
 from ._supervisor import Supervisor
 
@@ -100,27 +100,13 @@ class Pool(Options, Generic[T]):
         raise error  # outside of the `except`, so that the group is not its context
 
 
-class Opening(AbstractAsyncContextManager[Session[T]], OnlyAsyncWith):
+class Opening(Uninterrupted[Session[T]], OnlyAsyncWith):
     """The block of `open_pool`."""
 
     _usage = "open_pool(...) as session"
 
     def __init__(self, pool: Pool[T]) -> None:
-        self._block = pool._open(grace=0)  # a `grace` is for `Pool.run_service`
-
-    # Ctrl-C must not strike in contextlib's code, before the pool's own is entered or left.
-    @enable_ki_protection
-    async def __aenter__(self) -> Session[T]:
-        return await self._block.__aenter__()
-
-    @enable_ki_protection
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return await self._block.__aexit__(kind, error, traceback)
+        super().__init__(pool._open(grace=0))  # a `grace` is for `Pool.run_service`
 
 
 def _naming_misspelt_options(init: Callable[..., None]) -> Callable[..., None]:

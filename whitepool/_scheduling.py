@@ -1,10 +1,18 @@
-"""Dealing with Trio's scheduler: when to let other tasks run, and when not to go through it at all."""
+"""Dealing with Trio's scheduler: when to let other tasks run, when not to go through it at all, and
+where a Ctrl-C must not strike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
+from contextlib import AbstractAsyncContextManager
 from time import perf_counter
+from types import TracebackType
+from typing import TypeVar
+
+from trio.lowlevel import enable_ki_protection
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 class TimeSlice:
@@ -48,3 +56,26 @@ class NoopAwaitable:
 
 
 NOOP = NoopAwaitable()
+
+
+class Uninterrupted(AbstractAsyncContextManager[T_co]):
+    """A block that Ctrl-C does not strike while it is entered or left, except where that waits.
+
+    In the middle of the code that does so, contextlib's included, a Ctrl-C would skip the rest of it.
+    """
+
+    def __init__(self, block: AbstractAsyncContextManager[T_co]) -> None:
+        self._block = block
+
+    @enable_ki_protection
+    async def __aenter__(self) -> T_co:
+        return await self._block.__aenter__()
+
+    @enable_ki_protection
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return await self._block.__aexit__(exc_type, exc_value, traceback)

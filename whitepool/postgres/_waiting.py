@@ -10,10 +10,9 @@ from __future__ import annotations
 import select
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import wraps
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psycopg
 import trio
@@ -27,7 +26,7 @@ from trio.lowlevel import (
     wait_writable,
 )
 
-from .._scheduling import NOOP, NoopAwaitable, TimeSlice
+from .._scheduling import NOOP, NoopAwaitable, TimeSlice, Uninterrupted
 from ._readiness import wait_readable
 
 if sys.version_info < (3, 11):
@@ -141,26 +140,6 @@ async def drive_for(
     raise psycopg.InternalError("only notifies() can have a limit")
 
 
-class _Uninterrupted(AbstractAsyncContextManager[Any]):
-    """A block that Ctrl-C does not strike while it is entered or left, except where that waits."""
-
-    def __init__(self, manager: AbstractAsyncContextManager[Any]) -> None:
-        self._manager = manager
-
-    @enable_ki_protection
-    async def __aenter__(self) -> Any:
-        return await self._manager.__aenter__()
-
-    @enable_ki_protection
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> bool | None:
-        return await self._manager.__aexit__(exc_type, exc_val, exc_tb)
-
-
 if TYPE_CHECKING:
     uninterrupted_block = asynccontextmanager
 else:
@@ -168,15 +147,15 @@ else:
     def uninterrupted_block(function):
         """Make a block of an asynchronous generator, as `contextlib.asynccontextmanager` does.
 
-        A Ctrl-C in the middle of psycopg's, or of contextlib's, code that enters or leaves a block
-        would skip the rest of it: the lock would stay taken, or the transaction open. Here it comes
-        where that code waits, as a cancellation does, or after it.
+        A Ctrl-C in the middle of psycopg's code that enters or leaves a block would leave the lock
+        taken, or the transaction open. Here it comes where that code waits, as a cancellation does, or
+        after it.
         """
         make = asynccontextmanager(function)
 
         @wraps(function)
         def block(*args, **keywords):
-            return _Uninterrupted(make(*args, **keywords))
+            return Uninterrupted(make(*args, **keywords))
 
         return block
 
