@@ -33,7 +33,7 @@ from workshop import Tool, Workshop, nothing
 import whitepool
 from whitepool import telemetry
 from whitepool.postgres import PostgresManager, connect, open_pool
-from whitepool.postgres._blocks import TrioCursor
+from whitepool.postgres._rows import TrioCursor
 
 AnyConnection = psycopg.AsyncConnection[Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import Callable, Generator
 
 import psycopg
 import pytest
@@ -131,36 +131,6 @@ async def test_operations_that_never_wait_let_other_tasks_run(
                 await connection.commit()
         assert turns > 9000
         nursery.cancel_scope.cancel()
-
-
-@pytest.mark.parametrize("what", ["rows", "copied rows"])
-async def test_a_row_that_has_arrived_is_a_cancellation_point(
-    dsn: str, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    """A task that is cancelled gets no further row, although that would not have to wait."""
-    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)  # the event loop is kept throughout
-    rows: AsyncIterator[object]
-    async with await connect(dsn, autocommit=True) as connection:
-        cursor = connection.cursor()
-        with trio.CancelScope() as scope:
-            if what == "rows":
-                async with closing(cursor.stream("SELECT generate_series(1, 5)")) as rows:
-                    await cancel_after_three(rows, scope)
-            else:
-                async with cursor.copy("COPY (SELECT generate_series(1, 5)) TO STDOUT") as copy:
-                    await cancel_after_three(copy.rows(), scope)
-        assert scope.cancelled_caught
-        await check_usable(connection)
-
-
-async def cancel_after_three(rows: AsyncIterator[object], scope: trio.CancelScope) -> None:
-    """Read rows, of which the server sends all in one message; cancel, and read another."""
-    for _ in range(3):
-        await anext(rows)
-    scope.cancel()
-    with pytest.raises(trio.Cancelled) as cancelled:
-        await anext(rows)
-    raise cancelled.value
 
 
 @pytest.mark.parametrize("busy_time", [0, math.inf])

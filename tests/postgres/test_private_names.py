@@ -51,8 +51,14 @@ METHODS = {
 NEW_METHODS = {"_pipeline_nolock"}
 """Overridden where `executemany` calls it; in older releases that calls `pipeline`."""
 
-CURSOR_METHODS = ["_stream_fetchone_gen", "_stream_send_gen"]
-"""Methods of a cursor: generators that are recognised, or run anew, by their code."""
+CURSOR_METHODS = ["_make_row_maker", "_raise_for_result", "_stream_send_gen"]
+"""Methods of a cursor. The last one is a generator, and is recognised by its code."""
+
+CURSOR_ATTRIBUTES: dict[str, object] = {"_rowcount": -1, "_pgconn": None}
+"""Attributes of a new cursor, with the value of the one that whitepool sets."""
+
+COPY_ATTRIBUTES: dict[str, object] = {"_finished": False, "_pgconn": None}
+"""Attributes of a new COPY, likewise."""
 
 PREPARED = ["clear", "_to_flush"]
 """What is used of `connection._prepared`."""
@@ -61,7 +67,7 @@ ERRORS = ["_WaitTimeout", "finish_pgconn"]
 NEW_ERRORS = {"_WaitTimeout": (3, 3)}
 """Raised only where psycopg's `wait` has a timeout, which came together with it."""
 
-GENERATORS = ["execute", "fetch"]
+GENERATORS = ["execute", "fetch", "fetch_many"]
 
 
 OF_OPENTELEMETRY = {"_is_instrumented_by_opentelemetry", "_self_wrapper"}
@@ -115,11 +121,26 @@ def test_newer_methods(name: str) -> None:
 
 @pytest.mark.parametrize("name", CURSOR_METHODS)
 def test_methods_of_cursors(name: str) -> None:
-    """A cursor has the method, which is a generator."""
+    """A cursor has the method."""
     method = getattr(psycopg.AsyncCursor, name, None)
-    assert inspect.isgeneratorfunction(method), lacking(f"AsyncCursor.{name}")
-    if name == "_stream_fetchone_gen":
-        assert "fetch" in method.__code__.co_names, lacking("fetch() in AsyncCursor.stream()")
+    assert callable(method), lacking(f"AsyncCursor.{name}")
+    assert inspect.isgeneratorfunction(method) == name.endswith("_gen")
+
+
+def test_attributes_of_cursors(connection: psycopg.AsyncConnection[Any]) -> None:
+    """A cursor, and a COPY, have the attributes; what whitepool sets has the value that it expects."""
+    cursor = psycopg.AsyncCursor(connection)
+    copy = psycopg.AsyncCopy(cursor)
+    for thing, attributes in ((cursor, CURSOR_ATTRIBUTES), (copy, COPY_ATTRIBUTES)):
+        for name, value in attributes.items():
+            assert hasattr(thing, name), lacking(f"{type(thing).__name__}.{name}")
+            assert value is None or getattr(thing, name) == value
+
+
+def test_rows_of_streams() -> None:
+    """They are loaded by the transformer of a cursor, which is made for each query."""
+    source = inspect.getsource(psycopg.AsyncCursor.stream)
+    assert "self._tx.load_row(" in source, lacking("AsyncCursor._tx")
 
 
 @pytest.mark.parametrize("name", PREPARED)
@@ -194,11 +215,14 @@ def test_every_private_name_is_listed_here() -> None:
         *PREPARED,
         *NEW_METHODS,
         *CURSOR_METHODS,
+        *CURSOR_ATTRIBUTES,
+        *COPY_ATTRIBUTES,
         *ERRORS,
         *OF_OPENTELEMETRY,
         "_prepared",
         "_conn",
         "_stack_index",
+        "_tx",
     }
     folder = Path(inspect.getfile(whitepool.postgres)).parent
     source = "\n".join(path.read_text() for path in folder.glob("*.py"))

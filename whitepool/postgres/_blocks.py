@@ -6,29 +6,23 @@ cancelled, when each operation of psycopg's ``__aexit__`` would only raise the c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from types import FunctionType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import trio
-from psycopg import AsyncCopy, AsyncCursor, AsyncPipeline, AsyncServerCursor, pq
-from psycopg.abc import Params, PQGen, Query
-from psycopg.copy import AsyncWriter
-from psycopg.generators import fetch
+from psycopg import AsyncCursor, AsyncPipeline, AsyncServerCursor, pq
 from psycopg.rows import Row
 from psycopg.transaction import AsyncTransaction
 
 from ._cancelling import cancel_until, checkpoint_before_commit, shielded_cleanup
 from ._last_words import is_silent
-from ._waiting import ungrouped, uninterrupted_block
+from ._waiting import ungrouped
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ._connection import TrioConnection
-
-_COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 
 
 class TrioTransaction(AsyncTransaction):
@@ -161,36 +155,6 @@ class TrioPipeline(AsyncPipeline):
                 nursery.start_soon(cancel)
                 await self._leave(*exception)
                 left.set()
-
-
-def _fetch(pgconn: pq.abc.PGconn) -> PQGen[pq.abc.PGresult | None]:
-    """Fetch a result of a stream, as psycopg does; raise psycopg's error if it is that of a COPY.
-
-    psycopg looks for it only where a stream begins. A server that violates the protocol may send one
-    later: libpq would repeat it, and psycopg would fetch it, for ever and without a wait.
-    """
-    result: pq.abc.PGresult | None = yield from fetch(pgconn)
-    if result is not None and result.status in _COPYING:
-        raise psycopg.ProgrammingError("COPY cannot be used with this method; use copy() instead")
-    return result
-
-
-class TrioCursor(AsyncCursor[Row]):
-    """A cursor whose COPY is left in order also after a Ctrl-C, and whose streams always end."""
-
-    # psycopg's own generator, with another `fetch`.
-    _stream_fetchone_gen = FunctionType(
-        AsyncCursor._stream_fetchone_gen.__code__,
-        {**AsyncCursor._stream_fetchone_gen.__globals__, "fetch": _fetch},
-    )
-
-    @uninterrupted_block
-    async def copy(
-        self, statement: Query, params: Params | None = None, *, writer: AsyncWriter | None = None
-    ) -> AsyncIterator[AsyncCopy]:
-        """Run a COPY; see `psycopg.AsyncCursor.copy`."""
-        async with super().copy(statement, params, writer=writer) as copy:
-            yield copy
 
 
 class TrioServerCursor(AsyncServerCursor[Row]):

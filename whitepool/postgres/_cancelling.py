@@ -134,12 +134,13 @@ def closing_if_cancelled(connection: TrioConnection[Any]) -> Iterator[None]:
         _closed_if_cancelled.reset(token)
 
 
-async def cancel_operation(connection: TrioConnection[Any], generator: PQGen[Any]) -> None:
+async def cancel_operation(connection: TrioConnection[Any], generator: PQGen[Any] | None) -> None:
     """Cancel the running operation on the server, and read to the end of it.
 
-    Call it when `drive` was interrupted on `generator`; it may be called although the connection is
-    closed, or idle. Afterwards the connection is usable, or closed. In a pipeline, only what was
-    interrupted has ended: the rest is up to the pipeline's block, which the task is about to leave.
+    Call it when `drive` was interrupted on `generator`, or, with None, between two rows. It may be
+    called although the connection is closed, or idle. Afterwards the connection is usable, or closed.
+    In a pipeline, only what was interrupted has ended: the rest is up to the pipeline's block, which
+    the task is about to leave.
     """
     pgconn = connection.pgconn
     if pgconn.transaction_status != _ACTIVE:
@@ -152,7 +153,10 @@ async def cancel_operation(connection: TrioConnection[Any], generator: PQGen[Any
         # What goes wrong here is most likely QueryCanceled, as wanted. What counts is the state in
         # which this leaves the connection.
         with suppress(Exception):
-            await drive(generator, pgconn.socket, resumed=True)
+            if generator is not None:
+                await drive(generator, pgconn.socket, resumed=True)
+            else:
+                await drive(skip_results(pgconn), pgconn.socket)
 
     with cleanup_scope(connection) as scope:
         if not await cancel_until(connection, run_to_end):
@@ -221,10 +225,7 @@ def skip_results(pgconn: pq.abc.PGconn) -> PQGen[bool]:
     for number in count(1):
         if number % RESULTS_AT_ONCE == 0:
             yield Wait.W
-        while pgconn.is_busy():
-            yield Wait.R
-            pgconn.consume_input()
-        result = pgconn.get_result()
+        result = yield from generators.fetch(pgconn)
         if result is None:
             break
         if result.status == pq.ExecStatus.COPY_OUT:

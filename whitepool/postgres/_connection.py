@@ -29,7 +29,7 @@ from trio.lowlevel import (
 from .._checks import check_seconds
 from .._manager import WorkerManager
 from .._scheduling import TimeSlice
-from ._blocks import TrioCursor, TrioPipeline, TrioServerCursor, TrioTransaction
+from ._blocks import TrioPipeline, TrioServerCursor, TrioTransaction
 from ._cancel_requests import request_cancel, warn_if_cancelling_freezes
 from ._cancelling import (
     SILENCE,
@@ -50,6 +50,7 @@ from ._last_words import (
     read_only_parameters,
 )
 from ._readiness import notify_closing
+from ._rows import TrioCursor
 from ._waiting import Lock, drive, drive_for, uninterrupted_block
 
 if TYPE_CHECKING:
@@ -203,8 +204,8 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             try:
                 wanted = next(gen)
             except StopIteration as end:
-                # What it needed had arrived before, as the next row of a stream or a copy often has.
-                # This is what a row costs, so it calls no more than it has to.
+                # What it needed had arrived before, as the results of a pipeline often have. This is
+                # what each of them costs, so it calls no more than it has to.
                 if perf_counter() > self._time_slice.ends:
                     await self._checkpoint()
                 elif self.pgconn.transaction_status == _ACTIVE:
@@ -219,12 +220,23 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             raise
         except BaseException:
             # A cancellation, or a Ctrl-C.
-            try:
-                await cancel_operation(self, gen)
-            except BaseException:
-                # A second Ctrl-C: the user does not want to wait for the server.
-                self._finish()
-                raise
+            await self._cancel_operation(gen)
+            raise
+
+    async def _cancel_operation(self, gen: PQGen[Any] | None) -> None:
+        try:
+            await cancel_operation(self, gen)
+        except BaseException:
+            # A second Ctrl-C: the user does not want to wait for the server.
+            self._finish()
+            raise
+
+    async def _checkpoint_between_rows(self) -> None:
+        """Raise a cancellation, or a Ctrl-C, if there is one, in the middle of a stream or a COPY."""
+        try:
+            await checkpoint_if_cancelled()
+        except BaseException:
+            await self._cancel_operation(None)
             raise
 
     async def _checkpoint(self) -> None:

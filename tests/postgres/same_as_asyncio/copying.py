@@ -141,6 +141,8 @@ async def copy_out(conn: Connection, dsn: str, see: See) -> None:
     async with cursor.copy("COPY (SELECT * FROM notes ORDER BY id) TO STDOUT") as copy:
         see("mixed", read=bytes(await copy.read()), row=await copy.read_row())
         see("mixed", rest=[row async for row in copy.rows()], end=bytes(await copy.read()))
+    async with cursor.copy("COPY (SELECT 1) TO STDOUT") as copy:
+        see(types=[type(await copy.read()) for _ in range(3)])
     for format in ("text", "binary"):
         async with cursor.copy(
             sql.SQL("COPY (SELECT * FROM notes ORDER BY id) TO STDOUT (FORMAT {})").format(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from connections import closing
+from psycopg.rows import dict_row
 
 from .laboratory import (
     LIBPQ,
@@ -28,6 +29,19 @@ async def stream(conn: Connection, dsn: str, see: See) -> None:
     see(binary=[row async for row in cursor.stream("SELECT 1, 'a'::text", binary=True)])
     see(empty=[row async for row in cursor.stream("SELECT 1 WHERE false")])
     see(notes=await rows(conn), state_then=state(conn))
+
+
+@scenario
+async def what_a_cursor_says_of_a_stream(conn: Connection, dsn: str, see: See) -> None:
+    """Between two rows, and behind the last one; with another row factory, too."""
+    query = "SELECT x, x / 2.0 AS half FROM generate_series(1, 3) x"
+    for cursor in (conn.cursor(), conn.cursor(row_factory=dict_row)):
+        async for row in cursor.stream(query):
+            assert cursor.pgresult
+            tuples = [cursor.pgresult.get_value(number, 0) for number in range(cursor.pgresult.ntuples)]
+            see(row=row, columns=[column.name for column in cursor.description or ()], tuples=tuples)
+            see(rowcount=cursor.rowcount, rownumber=cursor.rownumber, status=cursor.statusmessage)
+        see("at the end", rows=await attempt(cursor.fetchall()), rowcount=cursor.rowcount)
 
 
 @scenario_if(LIBPQ >= 17)
@@ -96,7 +110,6 @@ async def stream_errors(conn: Connection, dsn: str, see: See) -> None:
         b"SELEKT",
         b"SELECT 1 / (3 - x) FROM generate_series(1, 5) x",
         b"UPDATE notes SET note = 'x'",
-        b"COPY notes TO STDOUT",
         b"",
         b"SELECT 1; SELECT 2",
     ):
