@@ -59,6 +59,31 @@ async def test_a_copy_whose_reading_was_cancelled_is_over(
         await check_usable(connection)
 
 
+async def test_a_request_to_cancel_that_is_refused_between_two_rows(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is repeated, as long as the server works on the rows that are to come."""
+    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)
+    requests = 0
+    rows = "SELECT repeat('x', 1000), pg_sleep(x / 20 * 30) FROM generate_series(1, 20) x"
+    async with await connect(dsn, autocommit=True) as connection:
+        cancel = connection.cancel_safe
+
+        async def refuse_once(*, timeout: float) -> None:
+            nonlocal requests
+            requests += 1
+            if requests == 1:
+                raise psycopg.OperationalError("refused")
+            await cancel(timeout=timeout)
+
+        monkeypatch.setattr(connection, "cancel_safe", refuse_once)
+        with trio.fail_after(4), trio.CancelScope() as scope:
+            async with connection.cursor().copy(f"COPY ({rows}) TO STDOUT") as copy:
+                await cancel_after_three(copy.rows(), scope)
+        assert requests == 2
+        await check_usable(connection)
+
+
 async def cancel_after_three(rows: AsyncIterator[object], scope: trio.CancelScope) -> None:
     """Read rows, of which the server sends all in one message; cancel, and read another."""
     for _ in range(3):
