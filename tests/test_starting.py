@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from workshop import Manager, Tool, Workshop, hang, nothing, open_checked_pool, raising
 
 import whitepool
+from whitepool._backoff import FIRST_BOUND
 
 Session = whitepool.Session[Tool]
 
@@ -429,3 +430,23 @@ async def test_how_long_starts_take_is_reported() -> None:
         later: list[float] = []
         session._supervisor.starter.observe(later.append)
         assert len(later) == 2  # and none of the one that is being opened
+
+
+async def test_a_start_that_was_under_way_ends_no_pause(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two starts one fails, and the other, which began before that, succeeds a little later."""
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    shop = Workshop()
+    begun: list[float] = []
+
+    async def fail_or_take_longer(attempt: int) -> None:
+        begun.append(trio.current_time())
+        await trio.sleep(0.05)
+        if attempt == 1:
+            raise OSError("connection refused")
+        await trio.sleep(0.01)
+
+    shop.before_open = fail_or_take_longer
+    async with open_checked_pool(shop.make, pool_size=2):
+        assert begun[2] - begun[1] == pytest.approx(0.05 + FIRST_BOUND)
