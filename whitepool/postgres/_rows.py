@@ -63,7 +63,10 @@ class TrioCopy(AsyncCopy):
 
     def _end_gen(self) -> PQGen[Buffer]:
         """Fetch the result of the COPY, which comes after the last row."""
-        result, *others = yield from fetch_many(self._pgconn)
+        results = yield from fetch_many(self._pgconn)
+        if not results:
+            raise psycopg.InterfaceError("the COPY has no result")
+        result, *others = results
         if others:
             raise psycopg.ProgrammingError("you cannot mix COPY with other operations")
         if result.status != pq.ExecStatus.COMMAND_OK:
