@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
+from contextlib import asynccontextmanager
 from functools import partial
 
 import psycopg
@@ -14,7 +15,7 @@ from onlooker import Onlooker
 from timing import alarm
 from trio.testing import wait_all_tasks_blocked
 
-from whitepool.postgres import _connection, connect
+from whitepool.postgres import _connection, _rows, connect
 
 AT_ONCE = "SELECT generate_series(1, 5)"
 """The server sends all rows in one message."""
@@ -26,44 +27,56 @@ def busy_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_connection, "BUSY_TIME", math.inf if request.param else -1)
 
 
-@pytest.mark.parametrize("what", ["rows", "copied rows"])
-async def test_a_row_that_has_arrived_is_a_cancellation_point(
-    dsn: str, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop is kept throughout."""
+    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)
+
+
+WAYS = pytest.mark.parametrize("way", ["stream", "copy"])
+
+
+@asynccontextmanager
+async def reading(connection: Connection, way: str) -> AsyncIterator[AsyncIterator[object]]:
+    """Read the rows that arrive `AT_ONCE`, in one way or the other."""
+    cursor = connection.cursor()
+    if way == "stream":
+        async with closing(cursor.stream(AT_ONCE)) as rows:
+            yield rows
+    else:
+        async with cursor.copy(f"COPY ({AT_ONCE}) TO STDOUT") as copy:
+            yield copy.rows()
+
+
+@WAYS
+@pytest.mark.usefixtures("at_once")
+async def test_a_row_that_has_arrived_is_a_cancellation_point(dsn: str, way: str) -> None:
     """A task that is cancelled gets no further row, although that would not have to wait."""
-    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)  # the event loop is kept throughout
-    rows: AsyncIterator[object]
     async with await connect(dsn, autocommit=True) as connection:
-        cursor = connection.cursor()
         with trio.CancelScope() as scope:
-            if what == "rows":
-                async with closing(cursor.stream("SELECT generate_series(1, 5)")) as rows:
-                    await cancel_after_three(rows, scope)
-            else:
-                async with cursor.copy("COPY (SELECT generate_series(1, 5)) TO STDOUT") as copy:
-                    await cancel_after_three(copy.rows(), scope)
+            async with reading(connection, way) as rows:
+                await cancel_after_three(rows, scope)
         assert scope.cancelled_caught
         await check_usable(connection)
 
 
-async def test_a_copy_whose_reading_was_cancelled_is_over(
-    dsn: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is cancelled on the server, and its block may be left as if nothing had happened."""
-    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)
+@WAYS
+@pytest.mark.usefixtures("at_once")
+async def test_rows_whose_reading_was_cancelled_are_over(dsn: str, way: str) -> None:
+    """It is cancelled on the server, and the block may be left as if nothing had happened."""
     async with await connect(dsn, autocommit=True) as connection:
-        async with connection.cursor().copy("COPY (SELECT generate_series(1, 5)) TO STDOUT") as copy:
+        async with reading(connection, way) as rows:
             with trio.CancelScope() as scope:
-                await cancel_after_three(copy.rows(), scope)
+                await cancel_after_three(rows, scope)
             assert scope.cancelled_caught
         await check_usable(connection)
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_a_request_to_cancel_that_is_refused_between_two_rows(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is repeated, as long as the server works on the rows that are to come."""
-    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)
     requests = 0
     rows = "SELECT repeat('x', 1000), pg_sleep(x / 20 * 30) FROM generate_series(1, 20) x"
     async with await connect(dsn, autocommit=True) as connection:
@@ -94,11 +107,11 @@ async def cancel_after_three(rows: AsyncIterator[object], scope: trio.CancelScop
     raise cancelled.value
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_other_tasks_run_while_a_stream_waits_for_its_next_row(
-    dsn: str, onlooker: Onlooker, monkeypatch: pytest.MonkeyPatch
+    dsn: str, onlooker: Onlooker
 ) -> None:
     """Also if the rows before it have arrived together, and it is not yet time for others."""
-    monkeypatch.setattr(_connection, "BUSY_TIME", math.inf)
     query = """
         SELECT x, repeat('x', 1000), CASE WHEN x = 20 THEN pg_advisory_xact_lock_shared(7) END
         FROM generate_series(1, 20) x
@@ -142,18 +155,14 @@ async def test_a_stream_that_has_ended_is_not_cancelled(
     await check_usable(connection)
 
 
+@WAYS
 @pytest.mark.usefixtures("busy_time")
-@pytest.mark.parametrize("copies", [False, True], ids=["stream", "copy"])
-async def test_a_connection_that_is_closed_between_two_rows(dsn: str, copies: bool) -> None:
+async def test_a_connection_that_is_closed_between_two_rows(dsn: str, way: str) -> None:
     """The rest is missing, so there is an error, and not an end."""
     async with await connect(dsn, autocommit=True) as connection:
         with pytest.raises(psycopg.OperationalError, match="the connection is closed"):
-            if copies:
-                async with connection.cursor().copy(f"COPY ({AT_ONCE}) TO STDOUT") as copy:
-                    await close_after_three(copy.rows(), connection)
-            else:
-                async with closing(connection.cursor().stream(AT_ONCE)) as rows:
-                    await close_after_three(rows, connection)
+            async with reading(connection, way) as rows:
+                await close_after_three(rows, connection)
 
 
 async def close_after_three(rows: AsyncIterator[object], connection: Connection) -> None:
@@ -203,3 +212,19 @@ async def test_a_copy_that_is_streamed_by_mistake(dsn: str) -> None:
         with trio.fail_after(5), pytest.raises(psycopg.ProgrammingError, match=r"use copy\(\)"):
             await read_all(connection.cursor().stream(f"COPY ({rows}) TO STDOUT"))
         await check_usable(connection)
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_a_copy_whose_result_is_left_out(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that violates the protocol may do that. It is an error of psycopg's."""
+
+    def fetch_nothing(_: object) -> Generator[object, object, list[object]]:
+        return []
+        yield
+
+    connection = await connect(dsn, autocommit=True)
+    monkeypatch.setattr(_rows, "fetch_many", fetch_nothing)
+    with pytest.raises(psycopg.InterfaceError, match="no result"):
+        async with reading(connection, "copy") as rows:
+            await read_all(rows)
+    await connection.close()

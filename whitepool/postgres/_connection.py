@@ -224,6 +224,7 @@ class TrioConnection(psycopg.AsyncConnection[Row]):
             raise
 
     async def _cancel_operation(self, gen: PQGen[Any] | None) -> None:
+        """Leave the connection usable, or closed, after an interruption; see `cancel_operation`."""
         try:
             await cancel_operation(self, gen)
         except BaseException:

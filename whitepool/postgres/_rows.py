@@ -117,15 +117,14 @@ class TrioCursor(AsyncCursor[Row]):
                         is_first = False
                     for number in range(result.ntuples):
                         yield self._tx.load_row(number, self._make_row)
-                    if pgconn.is_busy() or connection._time_slice.is_over():
-                        result = await connection.wait(self._next_rows_gen())
-                        continue
-                    result = pgconn.get_result()
-                    if result is not None and result.status in _ROWS:
-                        await connection._checkpoint_between_rows()
-                    else:
-                        # This is the end. Or there is none, as the connection was closed meanwhile.
-                        result = await connection.wait(self._next_rows_gen(result))
+                    result = None
+                    if not (pgconn.is_busy() or connection._time_slice.is_over()):
+                        result = pgconn.get_result()
+                        if result is not None and result.status in _ROWS:
+                            await connection._checkpoint_between_rows()
+                            continue
+                    # There is a wait, or this is the end, or the connection was closed meanwhile.
+                    result = await connection.wait(self._next_rows_gen(result))
             finally:
                 if pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
                     # The caller has left early, or the query can't be streamed.
