@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -12,6 +12,8 @@ import pytest
 import trio
 from connections import Connection, check_usable, closing, ignoring_errors, read_all
 from onlooker import Onlooker
+from psycopg.abc import PQGen
+from psycopg.generators import fetch_many
 from timing import alarm
 from trio.testing import wait_all_tasks_blocked
 
@@ -218,13 +220,13 @@ async def test_a_copy_that_is_streamed_by_mistake(dsn: str) -> None:
 async def test_a_copy_whose_result_is_left_out(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that violates the protocol may do that. It is an error of psycopg's."""
 
-    def fetch_nothing(_: object) -> Generator[object, object, list[object]]:
+    def fetch_nothing(pgconn: psycopg.pq.abc.PGconn) -> PQGen[list[psycopg.pq.abc.PGresult]]:
+        yield from fetch_many(pgconn)
         return []
-        yield
 
-    connection = await connect(dsn, autocommit=True)
     monkeypatch.setattr(_rows, "fetch_many", fetch_nothing)
-    with pytest.raises(psycopg.InterfaceError, match="no result"):
-        async with reading(connection, "copy") as rows:
-            await read_all(rows)
-    await connection.close()
+    async with await connect(dsn, autocommit=True) as connection:
+        with pytest.raises(psycopg.InterfaceError, match="no result"):
+            async with reading(connection, "copy") as rows:
+                await read_all(rows)
+        await check_usable(connection)
