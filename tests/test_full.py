@@ -506,6 +506,47 @@ async def test_a_worker_stays_called_in_until_one_comes_back(autojump_clock: Moc
         session.checkin(second)
 
 
+async def test_a_task_that_waits_is_not_forgotten_for_a_place_that_is_left(
+    autojump_clock: MockClock,
+) -> None:
+    """Two are to be replaced, one of which was called in for others, and both come back at once."""
+    manager = Crowded(places=99)
+    async with (
+        open_checked_pool(manager, pool_size=0, max_overflow=2) as session,
+        trio.open_nursery() as nursery,
+    ):
+        first, second = await session.block_checkout(), await session.block_checkout()
+        nursery.start_soon(hold, session)
+        await trio.sleep(2)
+        assert session._supervisor.sharing.wants_worker
+        session.retire_all()
+        session.checkin(first)
+        session.checkin(second)
+        await trio.sleep(0.1)
+        assert session.statistics().waiting == 0
+
+
+async def test_a_worker_is_called_off_with_the_last_of_the_overflow(autojump_clock: MockClock) -> None:
+    """Nothing is lent any more. Else its place would be left, and nobody would ask for it again."""
+    manager = Crowded(places=99)
+    async with (
+        open_checked_pool(manager, pool_size=1, max_overflow=2) as session,
+        trio.open_nursery() as nursery,
+    ):
+        held = [await session.block_checkout() for _ in range(3)]
+        for _ in range(2):
+            nursery.start_soon(hold, session)
+        await trio.sleep(2)
+        assert session._supervisor.sharing.wants_worker
+        session.resize(3, 0)
+        await trio.sleep(1)
+        assert not session._supervisor.sharing.wants_worker
+        for resource in held:
+            session.checkin(resource)
+        assert session.statistics().in_use == 2
+        assert session.statistics().retired == 0
+
+
 async def test_a_shutdown_takes_no_notice(autojump_clock: MockClock) -> None:
     """Tasks that wait are served by all workers, and none is closed for others."""
     manager = Crowded(places=4)
@@ -784,6 +825,15 @@ def test_a_worker_that_is_called_in_may_be_called_off() -> None:
     assert not places.sharing.takes(2)
     places.roster.move(idle, State.IN_USE)
     assert places.next_to_go(3) == 3 + sharing.BUSY_FOR
+
+
+def test_the_last_one_stays_although_it_is_called_in() -> None:
+    """Others may have gone in the meantime."""
+    places = Places(pool_size=0, in_use=2)
+    places.waiting = 9
+    assert places.next_to_go(0) == sharing.BUSY_FOR
+    places.leave(next(iter(places.roster.entries)))
+    assert not places.sharing.takes(1)
 
 
 def test_how_often_a_saturated_pool_leaves_a_place(evenly: None) -> None:

@@ -160,7 +160,7 @@ class Sharing(Generic[T]):
             if self._has_idle_to_spare(now):
                 self._last = now
                 self._evict(self._roster.idle[0], "overflow")
-            elif now >= self._busy_since + BUSY_FOR and (self._has_overflow or self.is_full(now)):
+            elif now >= self._busy_since + BUSY_FOR:
                 self.wants_worker = True
                 self._call_in()
         times = [time for time in (self._full_until, self.left_until) if time > now]
@@ -168,7 +168,7 @@ class Sharing(Generic[T]):
 
     def takes(self, now: float) -> bool:
         """Say whether a worker that has come back is to be closed. Then its place is left to others."""
-        if not self.wants_worker:
+        if not self.wants_worker or self._roster.open < 2:  # others may have gone since the last look
             return False
         self.wants_worker = False
         self.left_until = now + GAP
@@ -191,7 +191,8 @@ class Sharing(Generic[T]):
         # On a server that is not full, as far as is known, a pool keeps what is in use. A worker that
         # is being reset or probed is about to serve one of those that wait.
         is_short = self._waiting() > roster.servicing or self.is_full(now)
-        if roster.idle or roster.open < 2 or not is_short:
+        has_places_to_leave = roster.open > 1 and (self._has_overflow or self.is_full(now))
+        if roster.idle or not (is_short and has_places_to_leave):
             self._busy_since = math.inf
             self.wants_worker = False
         elif self._busy_since == math.inf:
