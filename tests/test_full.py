@@ -754,6 +754,16 @@ def test_when_a_pool_is_looked_at(evenly: None) -> None:
     assert places.sharing.look(32) == 32 + sharing.LOOK
 
 
+def test_a_place_that_the_pool_needs_no_more_costs_no_looks() -> None:
+    """It was overflow, and the load is gone: no worker may be opened for hours."""
+    places = Places(in_use=3)
+    places.waiting = 9
+    left_at = places.leave_one(0)
+    places.waiting = 0
+    assert places.sharing.look(left_at + 1.4) == left_at + sharing.GAP
+    assert places.sharing.look(left_at + sharing.GAP) == math.inf
+
+
 @pytest.mark.parametrize(
     ("idle_since", "in_use", "expected"),
     [

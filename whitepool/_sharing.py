@@ -148,7 +148,7 @@ class Sharing(Generic[T]):
     @property
     def may_be_due(self) -> bool:
         """Whether to `look`, in a moment and again."""
-        return self._full_until > -math.inf or self._awaits_outcome or self._has_overflow
+        return max(self._full_until, self.left_until) > -math.inf or self._has_overflow
 
     def look(self, now: float) -> float:
         """Let an idle worker go, or call one in, if it is time. Return when to look again."""
