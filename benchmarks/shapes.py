@@ -33,8 +33,9 @@ Draw = Callable[[random.Random], float]
 
 BELOW = (0.7, 0.8, 0.9)
 ABOVE = (1.0, 1.2, 1.5, 3.0, 10.0)
-REQUESTS = 3_000
-"""Below the capacity, so many come."""
+REQUESTS = 10_000
+"""Below the capacity, so many come. With fewer, it is chance how many are shed: of twelve runs of 3,000
+requests that take 1 s on average, one shed 1.2 %, and all together shed 0.3 %."""
 LASTING = 1.5
 """From this load on, much of the capacity should go into answers in time."""
 FEW_FALSE = {WHITEPOOL: at_most(1)}
