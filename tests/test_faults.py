@@ -444,7 +444,7 @@ async def test_silence_during_a_query(
         async with open_proxy("127.0.0.1", server.port) as proxy:
             dsn = make_conninfo(server.dsn, **proxy.address)
             async with open_pool(
-                dsn, pool_size=1, max_overflow=0, start_timeout=0.5, cleanup_timeout=0.4
+                dsn, pool_size=1, max_overflow=0, start_timeout=2, cleanup_timeout=0.4
             ) as session:
                 begun = trio.current_time()
                 with pytest.raises(trio.TooSlowError):

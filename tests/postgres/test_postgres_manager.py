@@ -164,7 +164,7 @@ async def test_a_failure_to_configure_is_a_failure_to_start(
             application_name=APPLICATION,
             pool_size=1,
             max_overflow=0,
-            start_timeout=0.3,
+            start_timeout=1,
         ):
             raise AssertionError("opened")
     assert isinstance(caught.value.__cause__, cause)

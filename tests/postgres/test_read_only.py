@@ -277,7 +277,7 @@ async def test_a_pool_that_contradicts_itself(dsn: str) -> None:
         async with open_pool(
             dsn,
             pool_size=1,
-            start_timeout=0.3,
+            start_timeout=1,
             configure=configure,
             target_session_attrs="read-write",
         ):

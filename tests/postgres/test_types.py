@@ -153,7 +153,7 @@ async def test_a_type_that_does_not_exist(
             register_enum(await EnumInfo.fetch(connection, "mood"), connection, Mood)  # type: ignore[arg-type]
 
     with pytest.raises(whitepool.PoolStartError, match=said):
-        async with open_pool(dsn, configure=learn, start_timeout=0.3):
+        async with open_pool(dsn, configure=learn, start_timeout=1):
             pass
     async with trio.open_nursery() as nursery:
 
