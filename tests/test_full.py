@@ -233,6 +233,34 @@ async def test_a_pool_that_gets_a_place_pauses(autojump_clock: MockClock) -> Non
         nursery.cancel_scope.cancel()
 
 
+async def test_a_task_that_waits_is_not_forgotten_for_a_start_that_is_given_up(
+    evenly: None, autojump_clock: MockClock
+) -> None:
+    """A worker is opened, and the next start has to wait, while another one hangs: a resize ends it."""
+    manager = Crowded(places=2)
+    slow = {3: 0.01, 4: 2.0, 5: math.inf}
+
+    async def open_slowly(attempt: int) -> None:
+        await trio.sleep(slow.get(attempt, 0.01))
+        if attempt == 3:
+            raise OSError("too many clients")
+
+    manager.shop.before_open = open_slowly
+    async with (
+        open_checked_pool(manager, pool_size=2, max_overflow=3) as session,
+        trio.open_nursery() as nursery,
+    ):
+        first, _ = await session.block_checkout(), await session.block_checkout()
+        nursery.start_soon(partial(keep_busy, session, 3, seconds=math.inf))
+        await trio.sleep(2.1)
+        assert (session.statistics().in_use, session.statistics().starting) == (3, 1)
+        session.resize(2, 1)
+        session.destroyed(first)
+        await trio.sleep(sharing.GAP)
+        assert session.statistics().in_use == 3
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_place_that_was_left_is_asked_for_when_its_time_is_over(
     autojump_clock: MockClock,
 ) -> None:

@@ -346,7 +346,8 @@ class Supervisor(Generic[T]):
         self._maintenance.add(entry)
         self._worker_manager = manager_of(entry.worker, self._manager)
         self.starter.on_opened(entry)
-        if self.starter.is_pausing(self.now()):
+        # Also if another is being opened: that may be given up, and then says nothing.
+        if self.now() < self.starter.backoff.retry_at:
             self._wake_for_retry()
         self._share()
 
