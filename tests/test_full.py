@@ -345,6 +345,24 @@ async def test_what_is_to_be_replaced_goes_without_a_replacement(
         assert session.statistics().idle >= 1
 
 
+async def test_what_is_in_use_and_to_be_replaced_gets_no_replacement_before(
+    autojump_clock: MockClock,
+) -> None:
+    """It would not be needed for a second, be closed, and be opened again, without end."""
+    manager = Crowded(places=2)
+    async with open_checked_pool(manager, pool_size=5) as session:
+        first, second = await session.block_checkout(), await session.block_checkout()
+        session.retire_all()
+        session.checkin(second)
+        await trio.sleep(600)
+        # The other place is taken when the server may have places again, and given up when it has none.
+        assert len(manager.shop.tools) <= 3 + 600 / (0.75 * sharing.FULL_FOR)
+        session.checkin(first)
+        await trio.sleep(10)
+        assert all(tool.closed for tool in manager.shop.tools[:2])
+        assert session.statistics().idle == 1
+
+
 async def test_under_load_too(autojump_clock: MockClock) -> None:
     """Its place is taken again at once, so the pool loses nothing."""
     manager = Crowded(places=3)

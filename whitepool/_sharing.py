@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from ._entry import Entry, Reason
+from ._entry import Entry, Reason, State
 from ._roster import Roster
 
 T = TypeVar("T")
@@ -99,9 +99,15 @@ class Sharing(Generic[T]):
         return now < self._full_until
 
     def target(self, target: int, now: float) -> int:
-        """Return how many workers to keep open, of the `target`: on a full server, those in use."""
+        """Return how many lasting workers to keep open, of the `target`: on a full server, those in use.
+
+        One that is to be replaced needs no other beside it there: it goes first (`may_exchange`).
+        """
+        if not self.is_full(now):
+            return target
         roster = self._roster
-        return min(target, max(1, roster.in_use + roster.servicing)) if self.is_full(now) else target
+        leaving = sum(entry.state is not State.IDLE for entry in roster.expiring)
+        return min(target, max(1, roster.in_use + roster.servicing) - leaving)
 
     def room(self, now: float) -> int:
         """Return how many workers may be started, less the place that is left to others."""
