@@ -572,6 +572,22 @@ async def test_a_task_that_waits_is_not_forgotten_for_a_place_that_is_left(
         assert session.statistics().waiting == 0
 
 
+async def test_what_a_resize_makes_overflow_is_lent(autojump_clock: MockClock) -> None:
+    """Also if no worker is opened after it."""
+    manager = Crowded(places=4)
+    async with (
+        open_checked_pool(manager, pool_size=4, max_overflow=0) as session,
+        open_checked_pool(manager, pool_size=1, lazy=True) as other,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(keep_busy, session, 20)
+        await trio.sleep(1)
+        session.resize(1, 3)
+        await trio.sleep(1)
+        async with other.worker(10):
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_worker_is_called_off_with_the_last_of_the_overflow(autojump_clock: MockClock) -> None:
     """Nothing is lent any more. Else its place would be left, and nobody would ask for it again."""
     manager = Crowded(places=99)
