@@ -588,6 +588,25 @@ async def test_what_a_resize_makes_overflow_is_lent(autojump_clock: MockClock) -
             nursery.cancel_scope.cancel()
 
 
+async def test_a_pool_lends_again_after_a_trial_that_a_resize_has_ended(
+    autojump_clock: MockClock,
+) -> None:
+    """The place that it had left is not asked for any more, so it does not learn who has it."""
+    manager = Crowded(places=4)
+    async with (
+        open_checked_pool(manager, pool_size=1, max_overflow=3) as session,
+        open_checked_pool(manager, pool_size=1, lazy=True) as other,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(keep_busy, session, 20)
+        while not session.statistics().retired:
+            await trio.sleep(0.01)
+        manager.places = 3
+        session.resize(1, 2)
+        async with other.worker(10):
+            nursery.cancel_scope.cancel()
+
+
 async def test_a_worker_is_called_off_with_the_last_of_the_overflow(autojump_clock: MockClock) -> None:
     """Nothing is lent any more. Else its place would be left, and nobody would ask for it again."""
     manager = Crowded(places=99)

@@ -149,6 +149,10 @@ class Sharing(Generic[T]):
         """Note that a worker has gone that is to be replaced."""
         self._exchange_at = now + EXCHANGE_PAUSE
 
+    def on_resized(self) -> None:
+        """Note that the bounds have changed: the place that was left may never be asked for."""
+        self._awaits_outcome = False
+
     # -- Leaving a place -----------------------------------------------------------------------------
 
     @property

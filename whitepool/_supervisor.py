@@ -317,6 +317,7 @@ class Supervisor(Generic[T]):
         if not self.draining:
             self._operator.resize(pool_size, max_overflow)
             self._maintenance.on_resized()
+            self.sharing.on_resized()
             self._share()  # what is in use may be overflow now
             self._seeks_surplus = self._seeks_surplus or self.roster.too_many > 0
             if self.starter.is_failing:
