@@ -484,3 +484,20 @@ async def test_a_failure_that_is_forgotten_keeps_no_worker(autojump_clock: MockC
         await trio.sleep(0.2)
         assert shop.tools[0].closed
         assert session.statistics().idle == 1
+
+
+async def test_an_early_death_that_is_forgotten_keeps_no_worker(autojump_clock: MockClock) -> None:
+    """The pool is smaller since, so that no start follows the deaths, whose success would end them."""
+    shop = Workshop()
+    async with open_checked_pool(shop.with_nursery, pool_size=3, max_overflow=0) as session:
+        held = [await session.block_checkout() for _ in range(3)]
+        session.resize(1, 0)
+        session.retire_all()
+        for tool in shop.tools[:2]:
+            tool.crash.set()
+        await wait_all_tasks_blocked()
+        for resource in held:
+            session.checkin(resource)
+        await trio.sleep(FAILURE_RESET_AFTER + 0.1)
+        assert shop.tools[2].closed
+        assert session.statistics().idle == 1

@@ -212,6 +212,7 @@ class Supervisor(Generic[T]):
                     self._log.throttled_warning("worker_lost", reason=reason, **last_words)
                 if self.starter.count_death(entry, reason, self.now()):
                     self._wake_for_retry()
+                    self._wake_when_forgotten()
             elif REASONS[reason].counter == "retired":
                 self._log.debug("worker_retired", reason=reason)
             # A hang-up needs no such search: the watch sees those of the others, too.
@@ -321,9 +322,7 @@ class Supervisor(Generic[T]):
             self._share()  # what is in use may be overflow now
             self._seeks_surplus = self._seeks_surplus or self.roster.too_many > 0
             if self.starter.is_failing:
-                # A pool that starts none any more is not woken by its starts when a failure is old.
-                forgotten_at = self.starter.backoff.last_failure + FAILURE_RESET_AFTER
-                self._nursery.start_soon(self._wake_at, forgotten_at + 0.001)
+                self._wake_when_forgotten()
             # What a nonblocking checkout waited for may have been given up: it must not wait for a
             # client now.
             for waiter in self.queue.nonblocking_beyond(self.standing.obtainable()):
@@ -497,6 +496,14 @@ class Supervisor(Generic[T]):
     def _wake_for_retry(self) -> None:
         """Have the supervisor look again when the pause after a failed start is over."""
         self._nursery.start_soon(self._wake_at, self.starter.backoff.retry_at)
+
+    def _wake_when_forgotten(self) -> None:
+        """Have the supervisor look again when the last failure is old (see `Starter.may_retire`).
+
+        A pool that starts none any more, because it has been made smaller, is not woken by its starts.
+        """
+        forgotten_at = self.starter.backoff.last_failure + FAILURE_RESET_AFTER
+        self._nursery.start_soon(self._wake_at, forgotten_at + 0.001)
 
     @enable_ki_protection
     async def _wake_at(self, time: float) -> None:
