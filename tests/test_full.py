@@ -628,6 +628,24 @@ async def test_a_worker_is_called_off_with_the_last_of_the_overflow(autojump_clo
         assert session.statistics().retired == 0
 
 
+async def test_the_last_of_the_overflow_goes_alone(autojump_clock: MockClock) -> None:
+    """One was called in, and a resize takes the overflow away: what is left is not lent."""
+    manager = Crowded(places=99)
+    async with (
+        open_checked_pool(manager, pool_size=2, max_overflow=1) as session,
+        trio.open_nursery() as nursery,
+    ):
+        held = [await session.block_checkout() for _ in range(3)]
+        nursery.start_soon(hold, session)
+        await trio.sleep(2)
+        assert session._supervisor.sharing.wants_worker
+        session.resize(2, 0)
+        session.checkin(held.pop())
+        session.checkin(held.pop())
+        assert (session.statistics().retired, session.statistics().in_use) == (1, 2)
+        session.checkin(held.pop())
+
+
 async def test_a_shutdown_takes_no_notice(autojump_clock: MockClock) -> None:
     """Tasks that wait are served by all workers, and none is closed for others."""
     manager = Crowded(places=4)

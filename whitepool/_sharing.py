@@ -178,7 +178,7 @@ class Sharing(Generic[T]):
 
     def takes(self, now: float) -> bool:
         """Say whether a worker that has come back is to be closed. Then its place is left to others."""
-        if not self.wants_worker or self._roster.open < 2:  # others may have gone since the last look
+        if not self.wants_worker or not self._has_places_to_leave(now):  # others may have gone since
             return False
         self.wants_worker = False
         self.left_until = now + GAP
@@ -201,8 +201,7 @@ class Sharing(Generic[T]):
         # On a server that is not full, as far as is known, a pool keeps what is in use. A worker that
         # is being reset or probed is about to serve one of those that wait.
         is_short = self._waiting() > roster.servicing or self.is_full(now)
-        has_places_to_leave = roster.open > 1 and (self._has_overflow or self.is_full(now))
-        if roster.idle or not (is_short and has_places_to_leave):
+        if roster.idle or not (is_short and self._has_places_to_leave(now)):
             self._busy_since = math.inf
             self.wants_worker = False
         elif self._busy_since == math.inf:
@@ -215,6 +214,9 @@ class Sharing(Generic[T]):
         return not (
             self._roster.opening or self.wants_worker or is_trial or now < self._last + self._pause(now)
         )
+
+    def _has_places_to_leave(self, now: float) -> bool:
+        return self._roster.open > 1 and (self._has_overflow or self.is_full(now))
 
     @property
     def _has_overflow(self) -> bool:
