@@ -99,9 +99,10 @@ class Sharing(Generic[T]):
         return now < self._full_until
 
     def target(self, target: int, now: float) -> int:
-        """Return how many lasting workers to keep open, of the `target`: on a full server, those in use.
+        """Return how many workers to keep open, of the `target`: on a full server, those in use.
 
-        One that is to be replaced needs no other beside it there: it goes first (`may_exchange`).
+        Workers that are to be replaced don't count. There they have no others beside them: they go
+        first (`may_exchange`).
         """
         if not self.is_full(now):
             return target
@@ -178,7 +179,8 @@ class Sharing(Generic[T]):
 
     def takes(self, now: float) -> bool:
         """Say whether a worker that has come back is to be closed. Then its place is left to others."""
-        if not self.wants_worker or not self._has_places_to_leave(now):  # others may have gone since
+        # Others may have gone since the last look.
+        if not (self.wants_worker and self._has_places_to_leave(now)):
             return False
         self.wants_worker = False
         self.left_until = now + GAP
