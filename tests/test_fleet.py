@@ -148,14 +148,17 @@ def test_without_shedding_the_collapse_lasts() -> None:
 
 
 def fair_share(result: fleets.Spike) -> float:
-    """Return which part of its share of the answers in the spike the unluckiest pool has got."""
-    share = result.capacity * (SPIKE[1] - SPIKE[0]) / POOLS
-    return min(counts["during"] for counts in result.by_pool) / share
+    """Return which part of their share of the answers in the spike the unluckiest pools have got.
+
+    They are a tenth of all, as it is chance what a single one gets: between a third and a half.
+    """
+    unluckiest = sorted(counts["during"] for counts in result.by_pool)[: POOLS // 10]
+    return sum(unluckiest) / len(unluckiest) * POOLS / (result.capacity * (SPIKE[1] - SPIKE[0]))
 
 
 def test_no_pool_starves_in_a_spike() -> None:
-    """Each gets two fifths of its share of the server, at least, the time until it knows included."""
-    assert fair_share(spiked(0.4, True)) >= 2 / 5
+    """They get half of their share of the server, at least, the time until they know included."""
+    assert fair_share(spiked(0.4, True)) >= 1 / 2
 
 
 def test_without_shedding_pools_starve() -> None:

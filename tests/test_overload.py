@@ -386,32 +386,32 @@ def count_one(excess: Excess, joined: int, served: int, timeout: float = 1.0) ->
 )
 def test_whether_the_excess_is_lasting(joined: int, expected: bool) -> None:
     """A hundred are served in a second, and the timeout is one."""
-    assert count_one(Excess(), joined, 100).is_lasting(1) is expected
+    assert count_one(Excess(0), joined, 100).is_lasting(1) is expected
 
 
 def test_the_excess_of_half_a_second() -> None:
     """It is judged by what is served in two timeouts, whatever these are."""
     for joined, expected in (100 + 200 + 8, False), (100 + 200 + 9, True):
-        excess = Excess()
+        excess = Excess(0)
         excess.count(10.5, since=10, timeout=0.5, then=Look(0, 0), look=Look(joined, 100))
         assert excess.is_lasting(0.5) is expected
 
 
 def test_the_excess_is_judged_by_each_timeout() -> None:
     """What is no chance for a waiter in a hurry may be for one with more time."""
-    excess = count_one(Excess(), 400, 100, timeout=5)
+    excess = count_one(Excess(0), 400, 100, timeout=5)
     assert excess.is_lasting(1)
     assert not excess.is_lasting(5)
 
 
 def test_nothing_is_lasting_at_first() -> None:
     """Before any look."""
-    assert not Excess().is_lasting(0.001)
+    assert not Excess(0).is_lasting(0.001)
 
 
 def test_the_excess_drains_while_no_task_waits_for_long() -> None:
     """At half the rate at which tasks were served; the next waiter begins with what is left."""
-    excess = count_one(Excess(), 300, 100)
+    excess = count_one(Excess(0), 300, 100)
     assert excess.tasks == 200
     excess.count(14, since=13, timeout=1, then=Look(500, 400), look=Look(600, 500))
     assert excess.tasks == 200 - 2 * 50
@@ -421,7 +421,7 @@ def test_the_excess_drains_while_no_task_waits_for_long() -> None:
 
 def test_the_excess_drains_at_the_rate_of_all_that_were_served() -> None:
     """In however many seconds that was."""
-    excess = Excess()
+    excess = Excess(0)
     excess.count(12, since=10, timeout=1, then=Look(0, 0), look=Look(400, 200))
     assert excess.tasks == 200
     excess.count(15, since=14, timeout=1, then=Look(500, 300), look=Look(600, 400))
@@ -430,7 +430,7 @@ def test_the_excess_drains_at_the_rate_of_all_that_were_served() -> None:
 
 def test_a_queue_that_drains_gives_no_credit() -> None:
     """Where more were served than joined, the next excess counts from zero."""
-    excess = count_one(Excess(), 50, 100)
+    excess = count_one(Excess(0), 50, 100)
     assert excess.tasks == 0
     excess.count(12, since=11, timeout=1, then=Look(50, 100), look=Look(350, 200))
     assert excess.tasks == 200
@@ -438,7 +438,7 @@ def test_a_queue_that_drains_gives_no_credit() -> None:
 
 def test_one_task_too_many_is_an_excess() -> None:
     """Until it has been served."""
-    excess = count_one(Excess(), 101, 100)
+    excess = count_one(Excess(0), 101, 100)
     assert excess.tasks == 1
     excess.count(12, since=11, timeout=1, then=Look(101, 100), look=Look(201, 201))
     assert excess.tasks == 0
@@ -446,7 +446,7 @@ def test_one_task_too_many_is_an_excess() -> None:
 
 def test_waiters_at_the_same_time_count_once() -> None:
     """Each look counts what has happened since the last one, at whichever waiter that was."""
-    excess = count_one(Excess(), 300, 100)
+    excess = count_one(Excess(0), 300, 100)
     excess.count(11, since=10.2, timeout=1, then=Look(20, 10), look=Look(300, 100))
     assert excess.tasks == 200
     excess.count(11.5, since=10.5, timeout=1, then=Look(150, 50), look=Look(320, 150))
@@ -455,7 +455,7 @@ def test_waiters_at_the_same_time_count_once() -> None:
 
 def test_the_excess_has_a_bound() -> None:
     """Twice what makes it lasting, by the longest timeout since there has been one."""
-    excess = count_one(Excess(), 10_000, 100, timeout=2)
+    excess = count_one(Excess(0), 10_000, 100, timeout=2)
     assert excess.tasks == 2 * (8 + 2 * 2 * 100)
     excess.count(11, since=10.9, timeout=0.1, then=Look(9999, 99), look=Look(10_000, 100))
     assert excess.tasks == 2 * (8 + 2 * 2 * 100)
@@ -463,9 +463,9 @@ def test_the_excess_has_a_bound() -> None:
 
 def test_the_bound_of_short_timeouts() -> None:
     """It is theirs, also where a waiter had more time when there was no excess."""
-    excess = count_one(Excess(), 10_000, 100, timeout=0.5)
+    excess = count_one(Excess(0), 10_000, 100, timeout=0.5)
     assert excess.tasks == 2 * (8 + 2 * 0.5 * 100)
-    excess = count_one(Excess(), 100, 100, timeout=5)
+    excess = count_one(Excess(0), 100, 100, timeout=5)
     excess.count(12, since=11, timeout=1, then=Look(100, 100), look=Look(200, 200))
     excess.count(13, since=12, timeout=1, then=Look(200, 200), look=Look(9000, 300))
     assert excess.tasks == 2 * (8 + 2 * 1 * 100)
@@ -475,7 +475,7 @@ def test_the_bound_of_short_timeouts() -> None:
 @pytest.mark.parametrize(("waited", "expected"), [(0.7, 200), (0.75, 0)])
 def test_a_stall_makes_no_excess(waited: float, expected: float, timeout: float) -> None:
     """If none was served for three quarters of a timeout, what has joined since counts no more."""
-    excess = Excess()
+    excess = Excess(0)
     excess.count(10, since=9, timeout=timeout, then=Look(0, 0), look=Look(1000, 1000))
     now = 10 + waited * timeout
     excess.count(now, since=10, timeout=timeout, then=Look(1000, 1000), look=Look(1200, 1000))
@@ -484,14 +484,14 @@ def test_a_stall_makes_no_excess(waited: float, expected: float, timeout: float)
 
 def test_a_short_wait_is_no_stall() -> None:
     """A waiter in a hurry can't tell: it leaves before the next task is served anyway."""
-    excess = count_one(Excess(), 10, 1, timeout=5)
+    excess = count_one(Excess(0), 10, 1, timeout=5)
     excess.count(11.1, since=11, timeout=0.1, then=Look(10, 1), look=Look(12, 1))
     assert excess.tasks == 11
 
 
 def test_how_fast_tasks_are_served_is_learned_anew() -> None:
     """What was served more than some ten timeouts ago counts for less and less."""
-    excess, then = Excess(), Look(0, 0)
+    excess, then = Excess(0), Look(0, 0)
     for second in range(1, 60):
         served = then.served + (100 if second < 20 else 10)
         look = Look(served + 40, served)
@@ -499,6 +499,41 @@ def test_how_fast_tasks_are_served_is_learned_anew() -> None:
         then = look
     assert excess.tasks == 40
     assert excess.is_lasting(1)
+
+
+@pytest.mark.parametrize(("checkouts", "expected"), [(146 * 10, False), (145 * 10, True), (0, True)])
+def test_tasks_that_did_not_wait_tell_how_fast_they_are_served(checkouts: int, expected: bool) -> None:
+    """Where a few take very long, more of those are served than usual while others wait."""
+    excess = Excess(1)
+    look = Look(100 + 300, 100, checkouts=checkouts)  # in ten seconds; and 100 in the last one
+    excess.count(11, since=10, timeout=1, then=Look(0, 0), look=look)
+    assert excess.is_lasting(1) is expected
+
+
+def test_the_excess_drains_as_fast_as_tasks_are_served() -> None:
+    """Those that do not wait among them."""
+    excess = Excess(10)
+    excess.count(11, since=10, timeout=1, then=Look(0, 0), look=Look(300, 100, checkouts=100))
+    excess.count(14, since=13, timeout=1, then=Look(300, 100), look=Look(310, 110, checkouts=500))
+    left = 200 - 0.5 * 2 * 500 / 4
+    assert excess.tasks == left
+    excess.count(16, since=15, timeout=1, then=Look(310, 110), look=Look(320, 120, checkouts=600))
+    assert excess.tasks == left - 0.5 * 1 * 600 / 6
+
+
+def test_how_fast_tasks_were_served_is_forgotten() -> None:
+    """What was before the last ten timeouts counts for less and less, and an hour as little."""
+    excess, then = Excess(0), Look(0, 0, checkouts=360_000)
+    excess.count(3600, since=3599, timeout=1, then=Look(0, 0), look=then)
+    lasting = []
+    for second in range(3600, 3660):
+        look = Look(then.joined + 1, then.served + 1, 0, then.checkouts + 1)
+        look = look._replace(joined=look.joined + 150 * (second == 3600))
+        excess.count(second + 1, since=second, timeout=1, then=then, look=look)
+        lasting.append(excess.is_lasting(1))
+        then = look
+    assert not any(lasting[:3])
+    assert all(lasting[30:])
 
 
 @pytest.mark.parametrize("timeout", [1, 4])
@@ -517,7 +552,7 @@ def test_how_long_the_past_counts(counts: list[int], expected: float, timeout: f
 
     The bound of the excess shows it.
     """
-    excess, then, now = Excess(), Look(0, 0), 100.0
+    excess, then, now = Excess(0), Look(0, 0), 100.0
     for number, count in enumerate(counts, 1):
         many = 10**6 if number == len(counts) else 0
         look = Look(then.joined + count + many, then.served + count)
@@ -581,7 +616,7 @@ def test_whether_the_queue_is_full(
 def serve_all(*waits: float, timeout: float = 1) -> Excess:
     """Look twice in each timeout at a waiter, and at a hundred tasks that were served since the last
     look, and had waited for such a share of the timeout."""
-    excess, total = Excess(), 0.0
+    excess, total = Excess(0), 0.0
     for number, wait in enumerate(waits, 1):
         total += 100 * wait * timeout
         now = number * timeout / 2
@@ -614,7 +649,7 @@ def test_whether_tasks_are_served_late(waits: list[float], expected: bool, timeo
 
 def test_tasks_in_a_hurry_do_not_say_that_all_are_late() -> None:
     """How late is late goes by the longest timeout since there has been an excess."""
-    excess = count_one(Excess(), 150, 100, timeout=5)
+    excess = count_one(Excess(0), 150, 100, timeout=5)
     for number in range(1, 20):
         served, wait_time = 100 + 10 * number, 10 * number * 0.09
         look = Look(50 + served, served, wait_time)

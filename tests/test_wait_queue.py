@@ -36,7 +36,10 @@ class Desk:
             make_timeout=lambda task, timeout: TimeIsUp(),
             make_overload=Shed,
             on_unserved=self._on_unserved,
+            checkouts=lambda: self.checkouts,
         )
+        self.checkouts = 0
+        """How many have got something, as far as is told; those that did not wait among them."""
         self.unserved = 0
         self.served: list[tuple[str, int]] = []
         """The waiters that got something, in the order in which they resumed, and what."""
@@ -317,6 +320,25 @@ async def test_a_waiter_is_shed_while_the_queue_grows(
     assert desk.ends == {"a": ("Shed", 4)}
     assert desk.unserved == 1
     assert desk.waiting == late
+
+
+@pytest.mark.parametrize(("checkouts", "ends"), [(3, {"a": ("Shed", 4)}), (4, {})])
+async def test_tasks_that_did_not_wait_tell_how_many_can_be_served(
+    checkouts: int, ends: dict[str, tuple[str, float]], impatient_desk: Desk, mock_clock: MockClock
+) -> None:
+    """So many got something in four seconds: in twice its timeout, five times as many may."""
+    desk = impatient_desk
+    for name in ("first", "second"):
+        await desk.join(name)
+    await desk.join("a", timeout=10)
+    await desk.serve()
+    await let_pass(mock_clock, 2)
+    await desk.serve()
+    desk.checkouts = checkouts
+    for number in range(28 - 1):
+        await desk.join(f"late {number}")
+    await let_pass(mock_clock, 2)
+    assert desk.ends == ends
 
 
 async def test_each_waiter_has_periods_of_its_own(impatient_desk: Desk, mock_clock: MockClock) -> None:

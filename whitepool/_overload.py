@@ -15,8 +15,9 @@ one, because the queue is first come, first served. What is left to ask is wheth
 For that, `Excess` counts how many more tasks have joined than were served, with those that left: how
 long the queue would be if no task ever left it. A burst, or a minute of bad luck, ends before that is
 more than can be served in twice a waiter's timeout; a lasting overload gets there sooner or later, and
-stays. Then, and until the excess has drained, waiters are shed. (It is a leaky bucket; in statistics, a
-cumulative sum: Page, "Continuous Inspection Schemes", 1954.)
+stays. (Tasks that did not wait count, too, for how many can be served.) Then, and until the excess has
+drained, waiters are shed. (It is a leaky bucket; in statistics, a cumulative sum: Page, "Continuous
+Inspection Schemes", 1954.)
 
 An overload can hide from that count. Where clients give up their work when its own deadline has passed,
 and get their workers just before it, they return them at once: as many are served as join, to no use.
@@ -56,6 +57,8 @@ class Look(NamedTuple):
     """How many of them had been served."""
     wait_time: float = 0.0
     """Seconds for which those had waited, in all. Not known of the time when a waiter joined."""
+    checkouts: int = 0
+    """How many tasks had ever got a worker, those that did not wait among them. As above."""
 
 
 class Excess:
@@ -67,23 +70,28 @@ class Excess:
     """
 
     __slots__ = (
+        "_checkouts",
         "_is_late",
         "_late_since",
         "_longest",
         "_seconds",
         "_seen",
         "_served",
+        "_span",
         "_until",
         "tasks",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self.tasks = 0.0
         """How many more joined than were served, less what has drained."""
         # So many tasks were served in so many seconds in which others waited.
         self._served = 0.0
         self._seconds = 0.0
-        self._until = 0.0  # the time of the last look
+        # So many got a worker in all of the time, which is so many seconds.
+        self._checkouts = 0.0
+        self._span = 0.0
+        self._until = now  # the time of the last look
         self._seen = Look(0, 0)
         self._longest = 0.0  # the longest timeout of a waiter since there has been an excess
         self._late_since = math.inf  # since when tasks are served late
@@ -91,10 +99,12 @@ class Excess:
 
     def count(self, now: float, since: float, timeout: float, then: Look, look: Look) -> None:
         """Count what has happened up to a `look`; `then` is what there was when the waiter joined."""
+        self._checkouts += look.checkouts - self._seen.checkouts
+        self._span += now - self._until
         if since > self._until:
             if self._seconds:
                 idle = since - self._until
-                self.tasks = max(0.0, self.tasks - LEAK * idle * self._served / self._seconds)
+                self.tasks = max(0.0, self.tasks - LEAK * idle * self._rate)
             self._until, self._seen = since, then._replace(wait_time=look.wait_time)
             self._late_since, self._is_late = math.inf, False
         served = look.served - self._seen.served
@@ -108,6 +118,9 @@ class Excess:
         if self._seconds > MEMORY * timeout:
             self._served /= 2
             self._seconds /= 2
+        if self._span > MEMORY * timeout:
+            self._checkouts /= 2
+            self._span /= 2
         if self.tasks <= 0:
             self.tasks = self._longest = 0.0
         self._longest = max(timeout, self._longest)
@@ -130,7 +143,16 @@ class Excess:
         return self._is_late or (self._seconds > 0 and self.tasks > self._bound(timeout))
 
     def _bound(self, timeout: float) -> float:
-        return FEW + TIMEOUTS * timeout * self._served / self._seconds
+        return FEW + TIMEOUTS * timeout * self._rate
+
+    @property
+    def _rate(self) -> float:
+        """Tasks that can be served in a second.
+
+        It is at least what was served while tasks waited, and at least what was served in all: where a
+        few tasks take very long, a time in which others wait has more of those than usual.
+        """
+        return max(self._served / self._seconds, self._checkouts / self._span)
 
 
 def period(patience: float) -> float:

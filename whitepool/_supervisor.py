@@ -87,6 +87,7 @@ class Supervisor(Generic[T]):
             make_timeout=self.standing.count_timeout,
             make_overload=self.standing.count_overload,
             on_unserved=self._on_unserved_waiter,
+            checkouts=lambda: self.counters["checkouts"],
         )
         self.standing.queue = self.queue
         self.holding = Holding(self.roster, self._log, options.held_warning, evict=self.evict)

@@ -71,6 +71,7 @@ class WaitQueue(Generic[E]):
       make_timeout: makes the error of a waiter whose time is up, of its task and its timeout.
       make_overload: makes the error of a waiter that is shed.
       on_unserved: called after a task has left without a worker.
+      checkouts: returns how many tasks have ever got an entry, also without waiting.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class WaitQueue(Generic[E]):
         make_timeout: Callable[[Task, float], Exception],
         make_overload: Callable[[], Exception],
         on_unserved: Callable[[], None],
+        checkouts: Callable[[], int],
     ) -> None:
         self.waiting = 0
         """Tasks that wait."""
@@ -90,12 +92,12 @@ class WaitQueue(Generic[E]):
         self._make_timeout = make_timeout
         self._make_overload = make_overload
         self._on_unserved = on_unserved
+        self._checkouts = checkouts
         self._joined = 0
         # The one that has waited for the longest comes first. A task that is not served leaves its
         # waiter here, until there are too many of those: to search for each would take too long.
         self._waiters: deque[Waiter] = deque()
         self._period = overload.period(patience)
-        self._excess = overload.Excess()
         # A heap. No waiter is in it before the time has come to look at any that joined with it or
         # later: most are served long before that. Those that are, leave their timers here for a while.
         self._timers: list[Timer] = []
@@ -103,6 +105,7 @@ class WaitQueue(Generic[E]):
         self._sleep = trio.CancelScope()
         self._wakes_at = math.inf  # the deadline of `_sleep`, which costs a call to ask
         self._now = trio.lowlevel.current_clock().current_time
+        self._excess = overload.Excess(self._now())
 
     def join(self, timeout: float, blocking: bool = True) -> Waiter:
         """Put the current task at the end of the queue, for at most `timeout` seconds.
@@ -208,7 +211,7 @@ class WaitQueue(Generic[E]):
         if now >= ends:
             self.fail(waiter, self._make_timeout(waiter.task, waiter.timeout))
             return
-        look = overload.Look(self._joined, self.served, self.wait_time)
+        look = overload.Look(self._joined, self.served, self.wait_time, self._checkouts())
         joining = overload.Look(number, waiter.served_before)
         self._excess.count(now, waiter.since, waiter.timeout, joining, look)
         # At the first look, some that were served in the period may have waited for a moment only.
