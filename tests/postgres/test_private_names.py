@@ -51,7 +51,13 @@ METHODS = {
 NEW_METHODS = {"_pipeline_nolock"}
 """Overridden where `executemany` calls it; in older releases that calls `pipeline`."""
 
-CURSOR_METHODS = ["_make_row_maker", "_raise_for_result", "_stream_send_gen"]
+CURSOR_METHODS = [
+    "_make_row_maker",
+    "_raise_for_result",
+    "_select_current_result",
+    "_start_copy_gen",
+    "_stream_send_gen",
+]
 """Methods of a cursor. The last one is a generator, and is recognised by its code."""
 
 CURSOR_ATTRIBUTES: dict[str, object] = {"_rowcount": -1, "_pgconn": None}

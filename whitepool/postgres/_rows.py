@@ -86,9 +86,12 @@ class TrioCursor(AsyncCursor[Row]):
         self, statement: Query, params: Params | None = None, *, writer: AsyncWriter | None = None
     ) -> AsyncIterator[AsyncCopy]:
         """Run a COPY; see `psycopg.AsyncCursor.copy`."""
-        async with super().copy(statement, params, writer=writer) as copy:
-            copy.__class__ = TrioCopy  # psycopg's has no place to name another class
-            yield copy
+        connection = self._conn
+        async with connection.lock:
+            await connection.wait(self._start_copy_gen(statement, params))
+            async with TrioCopy(self, writer=writer) as copy:
+                yield copy
+        self._select_current_result(0)  # that of the end, which has the count of rows
 
     @enable_ki_protection
     async def stream(
