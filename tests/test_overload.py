@@ -521,19 +521,26 @@ def test_the_excess_drains_as_fast_as_tasks_are_served() -> None:
     assert excess.tasks == left - 0.5 * 1 * 600 / 6
 
 
-def test_how_fast_tasks_were_served_is_forgotten() -> None:
+@pytest.mark.parametrize("timeout", [1, 4])
+def test_how_fast_tasks_were_served_is_forgotten(timeout: int) -> None:
     """What was before the last ten timeouts counts for less and less, and an hour as little."""
-    excess, then = Excess(0), Look(0, 0, checkouts=360_000)
-    excess.count(3600, since=3599, timeout=1, then=Look(0, 0), look=then)
+    excess, then, now = Excess(0), Look(0, 0, checkouts=360_000), 3600
+    excess.count(now, since=now - 1, timeout=timeout, then=Look(0, 0), look=then)
     lasting = []
-    for second in range(3600, 3660):
-        look = Look(then.joined + 1, then.served + 1, 0, then.checkouts + 1)
-        look = look._replace(joined=look.joined + 150 * (second == 3600))
-        excess.count(second + 1, since=second, timeout=1, then=then, look=look)
-        lasting.append(excess.is_lasting(1))
-        then = look
-    assert not any(lasting[:3])
+    for joined in 100 * timeout, *[1] * 60:
+        look = Look(then.joined + joined, then.served + 1, 0, then.checkouts + 1)
+        excess.count(now + timeout, since=now, timeout=timeout, then=then, look=look)
+        lasting.append(excess.is_lasting(timeout))
+        then, now = look, now + timeout
+    assert not any(lasting[:10])
     assert all(lasting[30:])
+
+
+def test_a_look_in_the_same_instant() -> None:
+    """No time has passed in which tasks could be served: nothing is known of that."""
+    excess = Excess(10)
+    excess.count(10, since=10, timeout=1, then=Look(0, 0), look=Look(500, 0))
+    assert not excess.is_lasting(1)
 
 
 @pytest.mark.parametrize("timeout", [1, 4])
