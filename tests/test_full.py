@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -516,17 +518,27 @@ async def test_a_crash_is_repaired_while_a_place_is_left(autojump_clock: MockClo
         nursery.cancel_scope.cancel()
 
 
-async def test_a_pool_that_starts_a_worker_lets_none_go(autojump_clock: MockClock) -> None:
-    """To close one for others, and open another at the same time, would be pointless."""
+@asynccontextmanager
+async def called_in(
+    pool_size: int, max_overflow: int, *, waiting: int = 1
+) -> AsyncIterator[tuple[Crowded, Session, list[whitepool.Resource[Tool]]]]:
+    """Open a pool whose workers are all held, while tasks wait, until one is called in."""
     manager = Crowded(places=99)
     async with (
-        open_checked_pool(manager, pool_size=1, max_overflow=1) as session,
+        open_checked_pool(manager, pool_size=pool_size, max_overflow=max_overflow) as session,
         trio.open_nursery() as nursery,
     ):
-        first, second = await session.block_checkout(), await session.block_checkout()
-        nursery.start_soon(hold, session)
+        held = [await session.block_checkout() for _ in range(pool_size + max_overflow)]
+        for _ in range(waiting):
+            nursery.start_soon(hold, session)
         await trio.sleep(2)
         assert session._supervisor.sharing.wants_worker
+        yield manager, session, held
+
+
+async def test_a_pool_that_starts_a_worker_lets_none_go(autojump_clock: MockClock) -> None:
+    """To close one for others, and open another at the same time, would be pointless."""
+    async with called_in(1, 1) as (manager, session, (first, second)):
         manager.shop.before_open = lambda _: trio.sleep(1)
         session.resize(1, 2)
         await wait_all_tasks_blocked()
@@ -537,14 +549,7 @@ async def test_a_pool_that_starts_a_worker_lets_none_go(autojump_clock: MockCloc
 
 async def test_a_worker_stays_called_in_until_one_comes_back(autojump_clock: MockClock) -> None:
     """Although the pool looks, meanwhile, at what is missing: it misses none."""
-    manager = Crowded(places=99)
-    async with (
-        open_checked_pool(manager, pool_size=1, max_overflow=1) as session,
-        trio.open_nursery() as nursery,
-    ):
-        first, second = await session.block_checkout(), await session.block_checkout()
-        nursery.start_soon(hold, session)
-        await trio.sleep(2)
+    async with called_in(1, 1) as (_, session, (first, second)):
         session.resize(1, 1)
         await wait_all_tasks_blocked()
         session.checkin(first)
@@ -556,15 +561,7 @@ async def test_a_task_that_waits_is_not_forgotten_for_a_place_that_is_left(
     autojump_clock: MockClock,
 ) -> None:
     """Two are to be replaced, one of which was called in for others, and both come back at once."""
-    manager = Crowded(places=99)
-    async with (
-        open_checked_pool(manager, pool_size=0, max_overflow=2) as session,
-        trio.open_nursery() as nursery,
-    ):
-        first, second = await session.block_checkout(), await session.block_checkout()
-        nursery.start_soon(hold, session)
-        await trio.sleep(2)
-        assert session._supervisor.sharing.wants_worker
+    async with called_in(0, 2) as (_, session, (first, second)):
         session.retire_all()
         session.checkin(first)
         session.checkin(second)
@@ -609,16 +606,7 @@ async def test_a_pool_lends_again_after_a_trial_that_a_resize_has_ended(
 
 async def test_a_worker_is_called_off_with_the_last_of_the_overflow(autojump_clock: MockClock) -> None:
     """Nothing is lent any more. Else its place would be left, and nobody would ask for it again."""
-    manager = Crowded(places=99)
-    async with (
-        open_checked_pool(manager, pool_size=1, max_overflow=2) as session,
-        trio.open_nursery() as nursery,
-    ):
-        held = [await session.block_checkout() for _ in range(3)]
-        for _ in range(2):
-            nursery.start_soon(hold, session)
-        await trio.sleep(2)
-        assert session._supervisor.sharing.wants_worker
+    async with called_in(1, 2, waiting=2) as (_, session, held):
         session.resize(3, 0)
         await trio.sleep(1)
         assert not session._supervisor.sharing.wants_worker
@@ -630,15 +618,7 @@ async def test_a_worker_is_called_off_with_the_last_of_the_overflow(autojump_clo
 
 async def test_the_last_of_the_overflow_goes_alone(autojump_clock: MockClock) -> None:
     """One was called in, and a resize takes the overflow away: what is left is not lent."""
-    manager = Crowded(places=99)
-    async with (
-        open_checked_pool(manager, pool_size=2, max_overflow=1) as session,
-        trio.open_nursery() as nursery,
-    ):
-        held = [await session.block_checkout() for _ in range(3)]
-        nursery.start_soon(hold, session)
-        await trio.sleep(2)
-        assert session._supervisor.sharing.wants_worker
+    async with called_in(2, 1) as (_, session, held):
         session.resize(2, 0)
         session.checkin(held.pop())
         session.checkin(held.pop())

@@ -300,17 +300,22 @@ async def test_those_that_have_left_are_not_on_the_way(desk: Desk) -> None:
 # -- Shedding ------------------------------------------------------------------------------------------
 
 
+async def serve_two(desk: Desk, clock: MockClock) -> None:
+    """Have "a" wait behind two others, which are served: one in each of its first two periods."""
+    for name in ("first", "second"):
+        await desk.join(name)
+    await desk.join("a", timeout=10)
+    await desk.serve()
+    await let_pass(clock, 2)
+    await desk.serve()
+
+
 async def test_a_waiter_is_shed_while_the_queue_grows(
     impatient_desk: Desk, mock_clock: MockClock
 ) -> None:
     """At its second look, where tasks were served in each period, and many more joined. (Rule 11.)"""
     desk = impatient_desk
-    for name in ("first", "second"):
-        await desk.join(name)
-    await desk.join("a", timeout=10)
-    await desk.serve()
-    await let_pass(mock_clock, 2)
-    await desk.serve()
+    await serve_two(desk, mock_clock)
     late = [f"late {number}" for number in range(21)]  # 2 are served in 4 s: 20 take 4 timeouts
     for name in late:
         await desk.join(name)
@@ -328,12 +333,7 @@ async def test_tasks_that_did_not_wait_tell_how_many_can_be_served(
 ) -> None:
     """So many got something in four seconds: in twice its timeout, five times as many may."""
     desk = impatient_desk
-    for name in ("first", "second"):
-        await desk.join(name)
-    await desk.join("a", timeout=10)
-    await desk.serve()
-    await let_pass(mock_clock, 2)
-    await desk.serve()
+    await serve_two(desk, mock_clock)
     desk.checkouts = checkouts
     for number in range(28 - 1):
         await desk.join(f"late {number}")

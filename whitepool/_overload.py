@@ -58,7 +58,7 @@ class Look(NamedTuple):
     wait_time: float = 0.0
     """Seconds for which those had waited, in all. Not known of the time when a waiter joined."""
     checkouts: int = 0
-    """How many tasks had ever got a worker, those that did not wait among them. As above."""
+    """How many tasks had ever got a worker, with those that did not wait. Not known then, either."""
 
 
 class Excess:
